@@ -1,0 +1,221 @@
+"""What a task is: the question asked of the states, in the words every task shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from superb_probe.downstreams.manifest import Manifest, Trials, Utterance
+from torch import Tensor, nn
+
+Split = Literal["train", "dev", "test"]
+View = Literal["mean", "frames"]
+Protocol = Literal["strict", "superb", "mamba_hubert"]
+Prediction = Any  # what a head's `predict` gives for one utterance: an embedding, a list of ids, a dict of class names
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much training one probe gets.
+
+    Attributes:
+        steps: optimiser updates.
+        batch: utterances in a batch.
+        accumulate: batches summed into one update; the loss is divided by it.
+        evaluate_every: updates between evaluations on dev.
+        max_crop_s: longest stretch of an utterance seen in training (a random crop); None for all of it.
+        head: widths of the head and other options that `Task.head` takes.
+    """
+
+    steps: int
+    batch: int
+    accumulate: int
+    evaluate_every: int
+    max_crop_s: float | None = None
+    head: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolSettings:
+    """What one protocol fixes for a task, where it differs from the task's defaults.
+
+    Attributes:
+        lr_grid: learning rates tried when none is given.
+        default_lr: the rate of the published configuration.
+        layer_norm: per-frame layer normalisation before the weighted sum.
+        batch: utterances in a batch; None keeps the budget's.
+        accumulate: batches an update; None keeps the budget's.
+        select_on: the split that chooses learning rate and step ("dev"; "test" only where SUPERB itself does).
+        head: options for `Task.head`, e.g. {"pool_extra_frame": True}.
+        deviations: what still differs from the published code, for the record.
+    """
+
+    lr_grid: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    default_lr: float = 1e-4
+    layer_norm: bool = False
+    batch: int | None = None
+    accumulate: int | None = None
+    select_on: Split = "dev"
+    head: Mapping[str, Any] = field(default_factory=dict)
+    deviations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What must be known of a task before it is run.
+
+    Attributes:
+        name: the registered name.
+        version: raised whenever a number can change.
+        metric: e.g. "eer"; `unit` is "percent" for all metrics that are rates.
+        unit: unit of the metric.
+        higher_is_better: direction of the metric.
+        view: what the probe reads: "mean" where the head is linear up to its mean over time, else "frames".
+        protocols: the settings of each protocol the task can run under.
+        optimizer: "adam" or "adamw".
+        clip: largest gradient norm.
+        budgets: "small" and "full".
+        label_columns: manifest columns it needs; "slot_*" means one or more.
+        speakers: "disjoint" when no speaker of train may be in test, else "shared".
+        trained: False for tasks without a probe (QbE).
+        waveform: effects applied to every waveform first: "none" or "gain_trim" (sox gain -3 and silence trimming).
+        license: of the protocol's corpus.
+        citation: the paper to cite.
+        published: published settings and scores worth printing, by name.
+    """
+
+    name: str
+    version: int
+    metric: str
+    unit: str
+    higher_is_better: bool
+    view: View
+    protocols: Mapping[str, ProtocolSettings]
+    optimizer: str
+    clip: float
+    budgets: Mapping[str, Budget]
+    label_columns: tuple[str, ...]
+    speakers: Literal["disjoint", "shared"]
+    trained: bool = True
+    waveform: str = "none"
+    license: str = ""
+    citation: str = ""
+    published: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """The classes of a task, fixed before training.
+
+    Attributes:
+        classes: by slot ("speaker", "slot_action", "token"), the class names in id order.
+    """
+
+    classes: Mapping[str, tuple[str, ...]]
+
+    def sizes(self) -> dict[str, int]:
+        """Number of classes of each slot."""
+        return {slot: len(names) for slot, names in self.classes.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One partition of a corpus: a manifest for each split, and trials where verification needs them.
+
+    Attributes:
+        name: None where a task has a single fold.
+        manifests: by split.
+        trials: by split ("dev", "test"); empty for most tasks.
+    """
+
+    name: str | None
+    manifests: Mapping[str, Manifest]
+    trials: Mapping[str, Trials] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a head's loss needs beside its outputs.
+
+    Attributes:
+        ids: B utterance ids.
+        num_frames: (B,) valid frames of each row.
+        targets: what `Task.target` gave for each utterance, collated: equal-length rows are stacked (B, ...); sequences are
+            padded with -1 to (B, longest) beside their "<name>_lengths".
+    """
+
+    ids: tuple[str, ...]
+    num_frames: Tensor
+    targets: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric and what it is made of.
+
+    Attributes:
+        value: the metric.
+        items: per item (utterance, trial), named columns of equal length, enough to compute the metric again; "id" names the items
+            and "cluster" (the speaker, where known) says which belong together.
+        extra: further metrics, e.g. {"min_dcf": 0.41}.
+    """
+
+    value: float
+    items: Mapping[str, Sequence[Any] | np.ndarray[Any, Any]]
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+class Head(nn.Module, ABC):
+    """What is trained on the weighted sum.
+
+    Attributes:
+        min_frames: fewest frames an utterance must have.
+    """
+
+    min_frames: int = 1
+
+    @abstractmethod
+    def forward(self, frames: Tensor, num_frames: Tensor) -> Any:
+        """Outputs for a batch: frames (B, T, D) zero past num_frames (B,)."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """The training loss, a scalar; parameters of the objective (AM-softmax) belong to the head."""
+
+    @abstractmethod
+    def predict(self, outputs: Any) -> list[Any]:
+        """One prediction an utterance, free of padding, ready for `Task.score`: class names, text or an embedding array."""
+
+
+class Task(ABC):
+    """A question asked of the states: which utterances, which head, which number."""
+
+    info: TaskInfo
+
+    @abstractmethod
+    def splits(self, root: Path) -> list[Fold]:
+        """One Fold, or several (ER: five), of the corpus at `root`."""
+
+    @abstractmethod
+    def labels(self, train: Manifest) -> LabelSet:
+        """The classes, from the training manifest (or fixed by the protocol)."""
+
+    @abstractmethod
+    def target(self, utterance: Utterance, labels: LabelSet) -> dict[str, Tensor]:
+        """The training target of one utterance."""
+
+    @abstractmethod
+    def head(self, dim: int, labels: LabelSet, options: Mapping[str, Any] | None = None) -> Head:
+        """A new head for states of width `dim`; `options` are the budget's and the protocol's (an unknown one is an error)."""
+
+    @abstractmethod
+    def score(self, predictions: Mapping[str, Prediction], fold: Fold, split: Split) -> Score:
+        """The metric over one split, from a prediction for every utterance of it."""
+
+    def value(self, items: Mapping[str, Any]) -> float:
+        """The metric computed again from (resampled) item columns: what the bootstrap calls."""
+        raise NotImplementedError(f"{type(self).__name__} must define value(items)")
