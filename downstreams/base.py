@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from superb_probe.downstreams.manifest import Manifest, Trials, Utterance
 from torch import Tensor, nn
+
+from superb_probe.downstreams.manifest import Manifest, Problem, Trials, Utterance
 
 Split = Literal["train", "dev", "test"]
 View = Literal["mean", "frames"]
@@ -86,6 +87,7 @@ class TaskInfo:
         license: of the protocol's corpus.
         citation: the paper to cite.
         published: published settings and scores worth printing, by name.
+        dataset: the data a run uses when none is named.
     """
 
     name: str
@@ -105,6 +107,7 @@ class TaskInfo:
     license: str = ""
     citation: str = ""
     published: Mapping[str, Any] = field(default_factory=dict)
+    dataset: str = "mini"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +133,13 @@ class Fold:
         name: None where a task has a single fold.
         manifests: by split.
         trials: by split ("dev", "test"); empty for most tasks.
+        notes: what was made, left out or could not be checked while arranging it: for the output and the record.
     """
 
     name: str | None
     manifests: Mapping[str, Manifest]
     trials: Mapping[str, Trials] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +204,18 @@ class Task(ABC):
     @abstractmethod
     def splits(self, root: Path) -> list[Fold]:
         """One Fold, or several (ER: five), of the corpus at `root`."""
+
+    def arrange(self, fold: Fold, protocol: str) -> Fold:
+        """The fold as the protocol uses it: speakers held out, trials made, utterances left out, each told in `Fold.notes`."""
+        return fold
+
+    def label_columns(self, fold: Fold, split: str) -> tuple[str, ...]:
+        """Label columns that a split must have and fill in; "slot_*" means one or more."""
+        return self.info.label_columns
+
+    def label_problems(self, fold: Fold) -> list[Problem]:
+        """Labels that this task cannot use: a class that train lacks, a character outside the vocabulary."""
+        return []
 
     @abstractmethod
     def labels(self, train: Manifest) -> LabelSet:

@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?P<note><!-- not run: [^>]+ -->\n)?```(?P<kind>python|console)(?: file=(?P<file>\S+))?\n(?P<code>.*?)```", re.S)
+BLOCK = re.compile(
+    r"(?P<note><!-- not run: [^>]+ -->\n)?"
+    r"```(?P<kind>python|console)(?: file=(?P<file>\S+))?\n(?P<code>.*?)```",
+    re.DOTALL,
+)
 
 
 def blocks(page: Path) -> list[tuple[str, str | None, str]]:
@@ -32,7 +36,7 @@ def run_blocks(found: list[tuple[str, str | None, str]], folder: Path) -> None:
         commands = (
             [[sys.executable, "-c", code]]
             if kind == "python"
-            else [shlex.split(line[2:]) for line in code.splitlines() if line.startswith("$ ")]
+            else [shlex.split(line[2:], comments=True) for line in code.splitlines() if line.startswith("$ ")]
         )
         for command in commands:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -1,0 +1,106 @@
+"""How utterances are put together: training order, padding, crops, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from superb_probe.downstreams.base import Batch
+
+POOL_BATCHES = 16
+
+
+def training_batches(
+    num_frames: Sequence[int], batch: int, generator: torch.Generator, *, similar: bool
+) -> Iterator[list[int]]:
+    """Batches of row numbers without end: each epoch visits every utterance once, in a new order.
+
+    Args:
+        num_frames: length of each utterance.
+        batch: utterances in a batch; the last of an epoch may be smaller, none is skipped.
+        generator: draws the order.
+        similar: batch utterances of similar length, to waste little on padding: each run of 16 batches' worth of shuffled
+            utterances is sorted by length before it is cut, and the batches are shuffled again.
+
+    >>> batches = training_batches([5, 3, 9, 1], 3, torch.Generator().manual_seed(0), similar=False)
+    >>> sorted(next(batches) + next(batches))
+    [0, 1, 2, 3]
+    """
+    count = len(num_frames)
+    if count < 1 or batch < 1:
+        raise ValueError(f"cannot batch {count} utterances by {batch}")
+    pool = batch * POOL_BATCHES if similar else count
+    while True:
+        order = torch.randperm(count, generator=generator).tolist()
+        batches: list[list[int]] = []
+        for start in range(0, count, pool):
+            part = order[start : start + pool]
+            if similar:
+                part = sorted(part, key=lambda row: num_frames[row])
+            batches += [part[i : i + batch] for i in range(0, len(part), batch)]
+        if similar:
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        yield from batches
+
+
+def evaluation_batches(num_frames: Sequence[int], max_frames: int) -> list[list[int]]:
+    """Row numbers in batches of similar length, longest first, of at most `max_frames` padded frames (or one utterance).
+
+    >>> evaluation_batches([4, 9, 5], 10)
+    [[1], [2, 0]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(num_frames)), key=lambda r: (-num_frames[r], r)):
+        if batches and num_frames[batches[-1][0]] * (len(batches[-1]) + 1) <= max_frames:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def assemble(states: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Padded float32 states of a batch and their lengths.
+
+    Args:
+        states: B tensors (L, T_b, D) of any float type.
+        device: where the batch is needed.
+
+    Returns:
+        (L, B, T, D) states, zero past each length, and (B,) lengths.
+    """
+    longest = max(part.shape[1] for part in states)
+    first = states[0]
+    padded = torch.zeros(first.shape[0], len(states), longest, first.shape[2], device=device)
+    for row, part in enumerate(states):
+        padded[:, row, : part.shape[1]].copy_(part, non_blocking=True)
+    return padded, torch.tensor([part.shape[1] for part in states], device=device)
+
+
+def crop(states: Tensor, max_frames: int, generator: torch.Generator) -> Tensor:
+    """A random stretch of at most `max_frames` frames of one utterance's states (L, T, D); one draw, also when all is kept."""
+    spare = states.shape[1] - max_frames
+    start = int(torch.randint(max(spare, 0) + 1, (), generator=generator))
+    return states if spare <= 0 else states[:, start : start + max_frames]
+
+
+def collate(ids: Sequence[str], num_frames: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> Batch:
+    """The targets of some utterances as one `Batch`.
+
+    Scalars are stacked to (B,); sequences (U_b, ...) are padded with -1 to the longest, beside their lengths "<name>_lengths" (B,).
+
+    >>> batch = collate(["a", "b"], torch.tensor([3, 2]), [{"token": torch.tensor([4, 5])}, {"token": torch.tensor([6])}])
+    >>> batch.targets["token"].tolist(), batch.targets["token_lengths"].tolist()
+    ([[4, 5], [6, -1]], [2, 1])
+    """
+    collated: dict[str, Tensor] = {}
+    for name in targets[0]:
+        values = [target[name] for target in targets]
+        if values[0].ndim == 0:
+            collated[name] = torch.stack(values).to(num_frames.device)
+            continue
+        padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=-1)
+        collated[name] = padded.to(num_frames.device)
+        collated[f"{name}_lengths"] = torch.tensor([value.shape[0] for value in values], device=num_frames.device)
+    return Batch(tuple(ids), num_frames, collated)
