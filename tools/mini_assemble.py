@@ -32,6 +32,7 @@ SPEECH_LEVEL_DB = (
 BEFORE_S, AFTER_S = 0.02, 0.05  # kept around the first and the last phone
 END_OF_SOUND_DB = -45.0  # below the loudest 10 ms: where the last phone ends
 OPUS_COMPRESSION = 0.94  # soundfile's scale from 0 to 1; about 24 kbit/s
+SNR_DB = {"read": (8.0, 30.0), "commands": (15.0, 35.0)}  # commands are short: log-mel means drown in more noise
 SPLITS = ("train", "dev", "test")
 STYLES = {
     "read": ("speaker", "text", "phones"),
@@ -73,11 +74,11 @@ class Disturbance:
     trail_s: float
 
     @classmethod
-    def draw(cls, generator: np.random.Generator) -> Disturbance:
-        """A disturbance at random."""
+    def draw(cls, generator: np.random.Generator, style: str) -> Disturbance:
+        """A disturbance at random, for a style of speech."""
         uniform = generator.uniform
         return cls(
-            snr_db=round(uniform(8.0, 30.0), 1),
+            snr_db=round(uniform(*SNR_DB[style]), 1),
             noise_slope=round(uniform(0.0, 2.0), 2),
             modulation=round(uniform(0.0, 0.8), 2),
             hum_hz=float(generator.choice([0.0, 0.0, 50.0, 60.0])),
@@ -213,7 +214,7 @@ def finish(
         pronunciations: the dictionary.
     """
     generator = generator_of(row["id"])
-    disturbance = Disturbance.draw(generator)
+    disturbance = Disturbance.draw(generator, row["style"])
     phones, words = align(spell(row["text"], pronunciations), frames, len(clean) / SYNTHESIS_RATE_HZ)
     phones, words = end_with_sound(phones, words, clean)
     spoken = [phone for phone in phones if phone.label != "SIL"]
@@ -297,7 +298,7 @@ def assemble(cache: Path, corpus: Path, packages: Packages, *, complete: bool) -
         done.append(
             {
                 **row,
-                **Disturbance.draw(generator_of(row["id"])).columns(),
+                **Disturbance.draw(generator_of(row["id"]), row["style"]).columns(),
                 "audio": relative,
                 "start_s": "0.0",
                 "duration_s": f"{len(finished.audio) / SAMPLE_RATE_HZ:.7f}".rstrip("0"),

@@ -52,7 +52,10 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
 
 
 def run_trials(args: argparse.Namespace) -> int:
-    """Resolve the request, run it, print what came out; 1 if a trial failed."""
+    """Resolve the request, run it, print what came out; 1 if a question was left without an answer.
+
+    One learning rate of several that diverges is an outcome, and said; every rate failing is a failure.
+    """
     arguments = run_arguments(args)
     from superb_probe import engine
 
@@ -62,7 +65,14 @@ def run_trials(args: argparse.Namespace) -> int:
         print_json([record.to_dict() for record in records])
     elif records:
         print("\n".join(report(records, Path(arguments.get("out", "results/runs")))))
-    return 1 if any(record.status == "failed" for record in records) else 0
+    return 1 if unanswered(records) else 0
+
+
+def unanswered(records: Sequence[RunRecord]) -> list[tuple[str, str, str | None]]:
+    """(upstream, task, fold) of which every trial failed."""
+    asked = {(r.upstream.name, r.task.name, r.task.fold) for r in records}
+    answered = {(r.upstream.name, r.task.name, r.task.fold) for r in records if r.status == "finished"}
+    return sorted(asked - answered, key=str)
 
 
 def run_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -147,6 +147,7 @@ def _record(
     info = question.task.info
     data = {split: manifest.digest for split, manifest in each.fold.manifests.items()}
     data |= {f"trials.{split}": trials.digest for split, trials in each.fold.trials.items()}
+    data["all"] = trial.data_digest  # the audio's bytes included
     counts = {split: len(manifest) for split, manifest in each.fold.manifests.items()}
     counts |= {split: len(trials) for split, trials in each.fold.trials.items()}
     options = dict(trial.head_options)

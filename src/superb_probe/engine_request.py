@@ -210,6 +210,7 @@ def resolve_question(
     root: Path | None,
     protocol: str,
     budget: str | None,
+    steps: int | None,
     lr: Sequence[float] | None,
     limit: int | None,
     control: str | None,
@@ -246,6 +247,9 @@ def resolve_question(
         accumulate=settings.accumulate or chosen.accumulate,
         head={**chosen.head, **settings.head},
     )
+    if steps is not None and steps != chosen.steps:
+        chosen = replace(chosen, steps=steps, evaluate_every=min(chosen.evaluate_every, -(-steps // 10)))
+        budget_name = f"{budget_name}:{steps}"
     deviations = list(settings.deviations)
     if limit is not None:
         deviations.append(f"only the first {limit} utterances of each split")

@@ -74,6 +74,7 @@ RUN_FLAGS = (
     Flag("layer", "integer", "read one layer (0 is the first encoder layer's input) instead of the weighted sum"),
     Flag("layer_norm", "boolean", "normalise every frame of every layer before the weighted sum"),
     Flag("budget", "text", "how much training: small, or full (the protocol's)", choices=("small", "full")),
+    Flag("steps", "integer", "optimiser updates instead of the budget's; rows of another count share no table"),
     Flag("lr", "number", "learning rates; the best on dev is reported (default: the protocol's grid)", True),
     Flag("seed", "integer", "seeds of the probes (default: 1)", True),
     Flag("protocol", "text", "rules of selection (default: strict)", choices=("strict", "superb", "mamba_hubert")),
