@@ -197,6 +197,7 @@ EVERY_FLAG = {
     "limit": (["5"], 5),
     "overwrite": (["failed"], "failed"),
     "dry_run": ([], True),
+    "steps": (["70"], 70),
 }
 
 
@@ -312,7 +313,7 @@ def test_dry_run_prints_a_plan_and_writes_nothing(printed: Printed, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_trial_is_status_1(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_without_an_answer_is_status_1(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main([*RUN, "--out", "runs"]) == 0
     from dataclasses import replace
 
@@ -322,6 +323,9 @@ def test_a_failed_trial_is_status_1(printed: Printed, monkeypatch: pytest.Monkey
     bad = replace(bad, status="failed", score=None, error="the loss is not finite")
     monkeypatch.setattr(engine, "run", lambda **_: [good, bad])
     printed()
+    assert cli.main([*RUN]) == 0  # one rate diverged, the other answered
+    assert "FAILED: synthetic_sid / fbank_no_cmvn" in printed()[0]
+    monkeypatch.setattr(engine, "run", lambda **_: [bad])
     assert cli.main([*RUN]) == 1
     assert "FAILED: synthetic_sid / fbank_no_cmvn" in printed()[0]
 

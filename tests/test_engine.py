@@ -284,11 +284,22 @@ def test_utterances_too_short_for_the_encoder_are_all_named_first(go: Any, tmp_p
 def test_own_data_comes_in_through_manifests(go: Any, tmp_path: Path) -> None:
     (record,) = go(manifest=write_manifests(tmp_path), lr=[0.1])
     assert record.task.dataset == f"manifest:{tmp_path.name}" and record.probe.budget == "small"
-    assert set(record.task.data) == {"train", "dev", "test"}
+    assert set(record.task.data) == {"train", "dev", "test", "all"}
     wav, rate = soundfile.read(tmp_path / "train0.wav")
     soundfile.write(tmp_path / "train0.wav", wav * 0.9, rate, subtype="PCM_16")
     (other,) = go(manifest={split: tmp_path / f"{split}.tsv" for split in ("train", "dev", "test")}, lr=[0.1])
-    assert other.run_id != record.run_id and other.task.data == record.task.data  # the audio changed, not the manifest
+    assert other.run_id != record.run_id
+    changed = {name for name, digest in other.task.data.items() if digest != record.task.data[name]}
+    assert changed == {"all"}  # the audio changed, not the manifest
+
+
+def test_steps_of_ones_own_are_a_budget_of_their_own(go: Any, tmp_path: Path) -> None:
+    own = write_manifests(tmp_path)
+    (usual,), (short,) = go(manifest=own, lr=[0.1]), go(manifest=own, lr=[0.1], steps=7)
+    assert short.probe.steps == 7 and short.probe.budget == "small:7" and short.run_id != usual.run_id
+    assert short.selection is not None and short.selection.step <= 7
+    with pytest.raises(RequestError, match="--steps 0"):
+        go(manifest=own, lr=[0.1], steps=0)
 
 
 def test_published_trees_are_not_read_yet(go: Any) -> None:

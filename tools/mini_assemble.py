@@ -32,7 +32,9 @@ SPEECH_LEVEL_DB = (
 BEFORE_S, AFTER_S = 0.02, 0.05  # kept around the first and the last phone
 END_OF_SOUND_DB = -45.0  # below the loudest 10 ms: where the last phone ends
 OPUS_COMPRESSION = 0.94  # soundfile's scale from 0 to 1; about 24 kbit/s
-SNR_DB = {"read": (8.0, 30.0), "commands": (15.0, 35.0)}  # commands are short: log-mel means drown in more noise
+# Commands are short, and a mean over time is all that their probe reads: disturbances as strong as the sentences' drown it.
+SNR_DB = {"read": (8.0, 30.0), "commands": (25.0, 40.0)}
+STRENGTH = {"read": 1.0, "commands": 0.2}  # of tilt and gain, and of the shares with a room and a telephone band
 SPLITS = ("train", "dev", "test")
 STYLES = {
     "read": ("speaker", "text", "phones"),
@@ -76,17 +78,17 @@ class Disturbance:
     @classmethod
     def draw(cls, generator: np.random.Generator, style: str) -> Disturbance:
         """A disturbance at random, for a style of speech."""
-        uniform = generator.uniform
+        uniform, strength = generator.uniform, STRENGTH[style]
         return cls(
             snr_db=round(uniform(*SNR_DB[style]), 1),
             noise_slope=round(uniform(0.0, 2.0), 2),
             modulation=round(uniform(0.0, 0.8), 2),
             hum_hz=float(generator.choice([0.0, 0.0, 50.0, 60.0])),
-            room_s=round(uniform(0.15, 0.6), 2) if uniform() < 0.5 else 0.0,
+            room_s=round(uniform(0.15, 0.6), 2) if uniform() < 0.5 * strength else 0.0,
             room_db=round(uniform(3.0, 13.0), 1),
-            telephone=bool(uniform() < 0.1),
-            tilt_db=round(uniform(-2.0, 2.0), 1),
-            gain_db=round(uniform(-12.0, 3.0), 1),
+            telephone=bool(uniform() < 0.1 * strength),
+            tilt_db=round(strength * uniform(-2.0, 2.0), 1),
+            gain_db=round(strength * uniform(-12.0, 3.0), 1),
             speed=round(uniform(0.97, 1.03), 3),
             lead_s=round(uniform(0.12, 0.3), 3),
             trail_s=round(uniform(0.05, 0.2), 3),

@@ -97,13 +97,6 @@ def log_mel(audio: np.ndarray) -> np.ndarray:
     return np.log(MEL @ (np.abs(spectrum) ** 2) + 1e-10).T
 
 
-def pattern(row: Row) -> str:
-    """A command's text with its object and location taken out: its phrasing."""
-    words = row["text"].lower().split()
-    names = {row["slot_object"]: "<object>", row["slot_location"]: "<location>"}
-    return " ".join(names.get(word, word) for word in words)
-
-
 def check_files(corpus: Corpus, report: Callable[[str, bool], None]) -> None:
     """Files, labels and splits."""
     rows = corpus.every()
@@ -118,12 +111,12 @@ def check_files(corpus: Corpus, report: Callable[[str, bool], None]) -> None:
     total_s = sum(float(row["duration_s"]) for row in rows)
     total_bytes = sum(path.stat().st_size for path in corpus.root.rglob("*") if path.is_file())
     report(f"{total_s / 60:.1f} minutes, {total_bytes / 1e6:.2f} MB with tables", total_bytes < 20e6)
-    for style, taken in (("read", lambda row: row["text"]), ("commands", pattern)):
-        sets = {split: {taken(row) for row in corpus.every(style, split)} for split in SPLITS}
+    for style in ("read", "commands"):
+        sets = {split: {row["text"] for row in corpus.every(style, split)} for split in SPLITS}
         shared = (sets["train"] & sets["dev"]) | (sets["train"] & sets["test"]) | (sets["dev"] & sets["test"])
         counts = {split: len(values) for split, values in sets.items()}
         report(
-            f"{style}: {'sentences' if style == 'read' else 'phrasings'} {counts}, {len(shared)} in two splits",
+            f"{style}: texts {counts}, {len(shared)} in two splits",
             not shared,
         )
     speakers = {split: {row["speaker"] for row in corpus.every(split=split)} for split in SPLITS}

@@ -1,7 +1,7 @@
 """Write the texts of the corpus `mini`: which speaker says which sentence or command, and how fast.
 
-Read sentences come from the patterns of `mini_words.py` and are all different. Commands are a carrier ("could you
-...") around a core ("turn on the ..."); a (carrier, core) pair belongs to one split, so that no phrasing is in two.
+Read sentences come from the patterns of `mini_words.py` and are all different. Commands are a carrier ("please ...")
+around a core ("volume up"); a (carrier, core) pair belongs to one split, so that no phrasing is in two.
 Every speaker of a split says the same number of utterances, and intents are dealt to speakers in equal numbers. The
 result is a table of utterances that the later steps read; the same seed gives the same table.
 """
@@ -17,23 +17,15 @@ from pathlib import Path
 import numpy as np
 from mini_model import Packages
 from mini_voices import WITHDRAWN, Speaker, read_speakers
-from mini_words import (
-    CARRIERS,
-    CORES,
-    LISTS,
-    LOCATIONS,
-    OBJECTS_BY_ACTION,
-    OBJECTS_WITH_LOCATION,
-    SENTENCES,
-)
+from mini_words import CARRIERS, INTENTS, LISTS, SENTENCES
 
 SEED = 20_261_123
-# What the texts are dealt for; the corpus keeps the first KEPT of each speaker, so that it can grow without changing.
-READ_PER_SPEAKER = {"train": 11, "dev": 9, "test": 10}
-COMMANDS_PER_SPEAKER = {"train": 23, "dev": 13, "test": 17}
+READ_TABLE = Path(__file__).parent / "mini_read.tsv"
+COMMANDS_PER_SPEAKER = {"train": 16, "dev": 14, "test": 17}
+# Reads in the corpus: the first KEPT of a speaker's; more were spoken, so that it can grow without changing.
 KEPT = {
     "read": {"train": 10, "dev": 9, "test": 10},
-    "commands": {"train": 18, "dev": 13, "test": 17},
+    "commands": COMMANDS_PER_SPEAKER,
 }
 WORDS_PER_SENTENCE = (6, 13)
 RATES = (0.9, 1.2)  # speaking rate, uniform, drawn for every utterance
@@ -94,35 +86,11 @@ def sentences(generator: np.random.Generator, pronunciations: dict[str, tuple[st
                 yield text
 
 
-def intents() -> list[tuple[str, str, str]]:
-    """Every (action, object, location) of the corpus."""
-    return [
-        (action, thing, location)
-        for action, things in OBJECTS_BY_ACTION.items()
-        for thing in things
-        for location in (LOCATIONS if thing in OBJECTS_WITH_LOCATION else ("none",))
-    ]
-
-
-def phrasings(intent: tuple[str, str, str]) -> list[tuple[str, str]]:
-    """The (carrier, core) pairs of an intent; a location stands before the object or at the end."""
-    action, thing, location = intent
-    cores = CORES.get(f"{action} {thing}", CORES[action])
-    if location != "none":
-        cores = tuple(
-            core.replace("{object}", place) + end
-            for core in cores
-            for place, end in (("{location} {object}", ""), ("{object}", " in the {location}"))
-        )
-    return [(carrier, core) for carrier in CARRIERS for core in cores]
-
-
 def split_phrasings(generator: np.random.Generator) -> dict[tuple[str, str], str]:
-    """The split of every phrasing. Each core and each carrier occurs in train."""
-    pairs = sorted({pair for intent in intents() for pair in phrasings(intent)})
+    """The split of every phrasing, a (carrier, core) pair. Each core occurs in every split."""
     splits: dict[tuple[str, str], str] = {}
-    for core in sorted({core for _, core in pairs}):
-        carriers = generator.permutation(sorted(carrier for carrier, other in pairs if other == core))
+    for core in sorted({core for cores in INTENTS.values() for core in cores}):
+        carriers = generator.permutation(sorted(CARRIERS))
         bounds = np.round(np.cumsum(list(PHRASING_SHARES.values())) * len(carriers)).astype(int)
         for split, part in zip(PHRASING_SHARES, np.split(carriers, bounds[:-1]), strict=True):
             splits.update({(str(carrier), core): split for carrier in part})
@@ -133,51 +101,52 @@ def commands(
     split: str, count: int, splits: dict[tuple[str, str], str], generator: np.random.Generator
 ) -> list[tuple[str, tuple[str, str, str]]]:
     """Texts with their intents for one split: intents in equal numbers, phrasings at random without early repeats."""
-    every = intents()
-    dealt = [every[index] for _ in range(count // len(every) + 1) for index in generator.permutation(len(every))][
-        :count
-    ]
+    every = sorted(INTENTS)
+    dealt = [every[index] for _ in range(count // len(every) + 1) for index in generator.permutation(len(every))]
     left: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     result = []
-    for intent in dealt:
+    for intent in dealt[:count]:
         if not left.get(intent):
-            allowed = [pair for pair in phrasings(intent) if splits[pair] == split]
+            allowed = [pair for pair, own in sorted(splits.items()) if own == split and pair[1] in INTENTS[intent]]
             left[intent] = [allowed[index] for index in generator.permutation(len(allowed))]
         carrier, core = left[intent].pop()
-        words = carrier.replace("{core}", core).replace("{object}", intent[1]).replace("{location}", intent[2])
-        result.append((words, intent))
+        result.append((carrier.replace("{core}", core), intent))
     return result
 
 
-def utterances(speakers: list[Speaker], pronunciations: dict[str, tuple[str, ...]]) -> list[dict[str, str]]:
-    """All rows of the table, by id."""
+def read_rows() -> list[dict[str, str]]:
+    """The read sentences of every speaker, as they were drawn once.
+
+    `sentences` drew them in one stream of random numbers with a set of commands that was replaced before the corpus was
+    frozen (log-mel means were at chance on it); the table keeps them, so that the commands could change and they did not.
+    """
+    rows = read_utterances(READ_TABLE)
+    return [{**dict.fromkeys(COLUMNS, ""), "style": "read", **row} for row in rows]
+
+
+def command_rows(speakers: list[Speaker]) -> list[dict[str, str]]:
+    """The commands of every speaker."""
     generator = np.random.default_rng(SEED)
-    source = sentences(generator, pronunciations)
     phrasing_splits = split_phrasings(generator)
     rows: list[dict[str, str]] = []
-    for split in ("train", "dev", "test"):
+    for split, per_speaker in COMMANDS_PER_SPEAKER.items():
         group = sorted((speaker for speaker in speakers if speaker.split == split), key=lambda speaker: speaker.id)
-        per_speaker = COMMANDS_PER_SPEAKER[split]
-        dealt = commands(split, per_speaker * len(group), phrasing_splits, generator)
-        for position, speaker in enumerate(group):
-            said = [("read", next(source), ("", "", "")) for _ in range(READ_PER_SPEAKER[split])]
-            said += [("commands", *command) for command in dealt[position * per_speaker : (position + 1) * per_speaker]]
-            for number, (style, text, intent) in enumerate(said):
-                first = number if style == "read" else number - READ_PER_SPEAKER[split]
-                rows.append(
-                    {
-                        "id": f"{speaker.id}-{style[0]}{first + 1:02d}",
-                        "style": style,
-                        "split": split,
-                        "speaker": speaker.id,
-                        "voice": speaker.voice,
-                        "warp": f"{speaker.warp:.2f}",
-                        "rate": f"{generator.uniform(*RATES):.3f}",
-                        "text": text,
-                        **dict(zip(COLUMNS[-3:], intent, strict=True)),
-                    }
-                )
-    return sorted(rows, key=lambda row: row["id"])
+        dealt = iter(commands(split, per_speaker * len(group), phrasing_splits, generator))
+        for speaker in group:
+            for number in range(per_speaker):
+                text, intent = next(dealt)
+                row = {
+                    "id": f"{speaker.id}-c{number + 1:02d}",
+                    "style": "commands",
+                    "split": split,
+                    "speaker": speaker.id,
+                    "voice": speaker.voice,
+                    "warp": f"{speaker.warp:.2f}",
+                    "rate": f"{generator.uniform(*RATES):.3f}",
+                    "text": text,
+                }
+                rows.append(row | dict(zip(COLUMNS[-3:], intent, strict=True)))
+    return rows
 
 
 def place(row: dict[str, str]) -> float:
@@ -207,7 +176,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder with speakers.tsv, for the table")
     arguments = parser.parse_args()
     pronunciations = Packages(arguments.packages).pronunciations
-    rows = utterances(read_speakers(arguments.cache / "speakers.tsv"), pronunciations)
+    speakers = [each for each in read_speakers(arguments.cache / "speakers.tsv") if each.id not in WITHDRAWN]
+    rows = sorted(read_rows() + command_rows(speakers), key=lambda row: row["id"])
     unknown = {
         word for row in rows for word in row["text"].replace(",", "").upper().split() if word not in pronunciations
     }

@@ -168,7 +168,8 @@ class PositionalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D). Frames past a row's end must be zero."""
-        weight, bias, dtype = self.weight(), self.bias, x.dtype
+        weight, dtype = self.weight(), x.dtype
+        bias: Tensor = self.bias
         if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
             # torch 2.11 gives wrong sums for grouped bf16 convolutions of some widths on CPUs with AMX.
             x, weight, bias = x.float(), weight.float(), bias.float()

@@ -111,7 +111,7 @@ def run(
     )
     loaded = [problems.attempt(partial(load, name)) for name in names]
     ask = partial(resolve_question, data=data, manifest=manifest, root=root, protocol=protocol, budget=budget)
-    ask = partial(ask, lr=lr, limit=limit, control=control)
+    ask = partial(ask, steps=steps, lr=lr, limit=limit, control=control)
     questions = [problems.attempt(partial(ask, name)) for name in dict.fromkeys(tasks)]
     make = partial(make_job, head=head, layer=layer, layer_norm=layer_norm, protocol=protocol, control=control)
     made = [
