@@ -234,7 +234,8 @@ def _row(members: Sequence[RunRecord]) -> dict[str, Any] | None:
         return None
     better = finished[0].task.higher_is_better
     dev = {
-        lr: [statistics.fmean(map(_dev, records)) for records in seeds.values()] for lr, seeds in sorted(complete.items())
+        lr: [statistics.fmean(map(_dev, records)) for records in seeds.values()]
+        for lr, seeds in sorted(complete.items())
     }
     lr = choose_lr(dev, better)
     chosen = list(complete[lr].values())
@@ -259,7 +260,9 @@ def _row(members: Sequence[RunRecord]) -> dict[str, Any] | None:
         "lookahead_samples": "utterance"
         if finished[0].upstream.lookahead_samples is None
         else str(finished[0].upstream.lookahead_samples),
-        "data": " ".join(sorted({f"{split}={digest}" for record in flat for split, digest in record.task.data.items()})),
+        "data": " ".join(
+            sorted({f"{split}={digest}" for record in flat for split, digest in record.task.data.items()})
+        ),
         "failed": len(members) - len(finished),
         "incomplete": incomplete,
         "protocol_deviations": "; ".join(sorted({text for record in flat for text in record.task.protocol_deviations})),
