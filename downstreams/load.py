@@ -10,7 +10,7 @@ from superb_probe.downstreams.base import Fold, Task
 from superb_probe.downstreams.checks import check_fold
 from superb_probe.downstreams.manifest import Manifest, Trials
 from superb_probe.downstreams.mini import mini_root
-from superb_probe.errors import RequestError, nearest
+from superb_probe.errors import RequestError, all_at_once, nearest
 from superb_probe.registry import Registry
 
 MANIFEST_KEYS = ("train", "dev", "test", "trials", "dev_trials")
@@ -106,6 +106,9 @@ def folds_from_manifests(task: Task, paths: Mapping[str, Path], root: Path | Non
         raise RequestError(f"{task.info.name} has no trials. Fix: leave trials= out.")
     if "dev_trials" in paths and "dev" not in paths:
         raise RequestError("dev_trials= needs dev=, the manifest its ids are in. Fix: add dev=dev.tsv.")
+    absent = [f"{key}={path}: no such file" for key, path in paths.items() if not Path(path).is_file()]
+    if absent:
+        raise all_at_once("--manifest", absent, "give the paths of TSVs (`superb-probe prepare csv` makes them)")
     manifests = {split: Manifest.read(Path(paths[split]), root) for split in ("train", "dev", "test") if split in paths}
     trials = {
         split: Trials.read(Path(paths[key]))

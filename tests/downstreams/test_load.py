@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from superb_probe.downstreams.base import Task
@@ -83,3 +85,10 @@ def test_an_unknown_protocol_or_corpus_is_refused(mini_like):
 
 def test_every_task_of_the_tree_is_listed():
     assert {"asr", "asv", "ic", "pr", "synthetic_sid"} <= set(Registry("task").names())
+
+
+def test_all_missing_manifests_are_named_at_once(tmp_path: Path) -> None:
+    paths = {split: tmp_path / f"{split}.tsv" for split in ("train", "dev", "test")}
+    with pytest.raises(RequestError) as caught:
+        folds_from_manifests(load_task("asr"), paths)
+    assert all(f"{split}.tsv: no such file" in str(caught.value) for split in paths)
