@@ -233,6 +233,6 @@ class Task(ABC):
     def score(self, predictions: Mapping[str, Prediction], fold: Fold, split: Split) -> Score:
         """The metric over one split, from a prediction for every utterance of it."""
 
+    @abstractmethod
     def value(self, items: Mapping[str, Any]) -> float:
         """The metric computed again from (resampled) item columns: what the bootstrap calls."""
-        raise NotImplementedError(f"{type(self).__name__} must define value(items)")

@@ -220,7 +220,7 @@ def test_a_truncated_archive_and_text_for_an_archive_fail(fixtures: Callable[...
     path = folder / "probes/phoneme_ctc.plain.npz"
     for content in (path.read_bytes()[:3000], b"hello", b""):
         path.write_bytes(content)
-        failure(folder, "phoneme_ctc.plain")
+        assert failure(folder, "phoneme_ctc.plain")
 
 
 def training_loss(arrays: Arrays) -> None:

@@ -66,7 +66,7 @@ _TEST_FRONT = {
     "frame_multiple": 1,
 }
 # The first convolutions run at the highest rates: with 64 channels there and 128 later the front end is half of what 128
-# throughout costs, and a tiny encoder runs 1.4 to 1.7 times as fast on a CPU.
+# throughout costs, which is most of a tiny encoder on a CPU.
 _TINY_FRONT = {
     "conv_layers": ((64, 10, 5), *((64, 3, 2),) * 2, *((128, 3, 2),) * 2, *((128, 2, 2),) * 2),
     "num_heads": 4,
