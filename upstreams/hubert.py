@@ -7,20 +7,22 @@ weights load strictly. What differs is the handling of padding: each row is comp
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from superb_probe.errors import RequestError
+from superb_probe.upstreams import fused_cuda
 from superb_probe.upstreams.base import LayerStates, frame_mask, normalize_waveforms
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.mamba import InnBiMamba, Mamba, Mamba2, MambaLayer, zero_padding
 from superb_probe.upstreams.transformer import TransformerLayer
 
 # Elements of the first convolution's output worked on at once without gradients. It is by far the largest activation.
-_SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+_SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**29}
+RUN_FRAMES = 8  # outputs of the positional convolution that share a row of a matrix product
 
 
 class ConvLayer(nn.Module):
@@ -30,8 +32,12 @@ class ConvLayer(nn.Module):
     """
 
     def __init__(self, in_channels: int, channels: int, kernel: int, stride: int, bias: bool, norm: str):
-        """`norm` is "group" (over each row's valid frames, a channel at a time), "layer" (over the channels of a frame) or ""."""
+        """`norm` is "group" (a channel over each row's valid frames; of a waveform only), "layer" (the channels of a frame) or ""."""
         super().__init__()
+        if norm == "group" and in_channels != 1:
+            raise ValueError(
+                f"a group norm over time is for the layer that reads the waveform, not for {in_channels} channels"
+            )
         self.norm = norm
         self.kernel, self.stride = kernel, stride
         self.add_module("0", nn.Conv1d(in_channels, channels, kernel, stride, bias=bias))
@@ -52,32 +58,93 @@ class ConvLayer(nn.Module):
             (B, T_out, C) in the dtype of the weights.
         """
         conv = cast(nn.Conv1d, self.get_submodule("0"))
-        # (B, T_out, kernel * C_in), each row a window, times the weights: on a CPU 1.3 to 2 times as fast as conv1d.
-        windows = x.unfold(1, self.kernel, self.stride).transpose(2, 3).flatten(2)
-        bias = None if conv.bias is None else conv.bias.to(x.dtype)
-        y = F.linear(windows, conv.weight.to(x.dtype).transpose(1, 2).flatten(1), bias)
         if self.norm == "group":
-            y = valid_group_norm(y, cast(nn.GroupNorm, self.get_submodule("2")), num_frames)
+            return normalized_waveform_conv(x[..., 0], conv, cast(nn.GroupNorm, self.get_submodule("2")), num_frames)
+        y = strided_conv(x, conv.weight.to(x.dtype), None if conv.bias is None else conv.bias.to(x.dtype), self.stride)
         if self.norm == "layer":
             norm = cast(nn.LayerNorm, self.get_submodule("2.1"))
             y = F.layer_norm(y, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
         return F.gelu(y).to(conv.weight.dtype)
 
 
-def valid_group_norm(x: Tensor, norm: nn.GroupNorm, num_frames: list[int]) -> Tensor:
-    """GroupNorm with a group a channel, its statistics over each row's own frames only, in fp32.
+def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """A convolution along time with channels last, as matrix products: faster than conv1d on CPUs and GPUs.
 
     Args:
-        x: (B, T, C).
+        x: (B, T, C_in).
+        weight: (C_out, C_in, K).
+        bias: (C_out,) or None.
+        stride: frames of x between frames of y.
+
+    Returns:
+        (B, (T - K) // stride + 1, C_out).
+
+    >>> strided_conv(torch.ones(1, 7, 2), torch.ones(3, 2, 3), None, 2).shape
+    torch.Size([1, 3, 3])
+    """
+    kernel = weight.shape[2]
+    if x.is_cuda and stride < kernel <= 2 * stride and x.shape[2] > 1:
+        # The first `stride` taps see neighbouring frames, which lie together in memory: a product without a copy; so do the others.
+        frames = (x.shape[1] - kernel) // stride + 1
+        y = _taps(x, weight[..., :stride], 0, frames, stride)
+        y = y.baddbmm_(*_tap_operands(x, weight[..., stride:], stride, frames, stride))
+        return y if bias is None else y + bias
+    # (B, T_out, K * C_in), each row a window, times the weights: on a CPU 1.3 to 2 times as fast as conv1d.
+    windows = x.unfold(1, kernel, stride).transpose(2, 3).flatten(2)
+    return F.linear(windows, weight.transpose(1, 2).flatten(1), bias)
+
+
+def _taps(x: Tensor, weight: Tensor, start: int, frames: int, stride: int) -> Tensor:
+    return torch.bmm(*_tap_operands(x, weight, start, frames, stride))
+
+
+def _tap_operands(x: Tensor, weight: Tensor, start: int, frames: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Windows (B, T_out, K * C_in) of K <= stride frames from `start`, a view of x, and the weights (B, K * C_in, C_out)."""
+    kernel, channels = weight.shape[2], x.shape[2]
+    row, frame, _ = x.stride()
+    shape, strides = (x.shape[0], frames, kernel * channels), (row, stride * frame, 1)
+    windows = x.contiguous().as_strided(shape, strides, x.storage_offset() + start * frame)
+    return windows, weight.transpose(1, 2).flatten(1).t().expand(x.shape[0], -1, -1)
+
+
+def normalized_waveform_conv(wavs: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm, num_frames: list[int]) -> Tensor:
+    """The first convolution, GroupNorm with a group a channel over each row's own frames, and GELU, in one pass over its output.
+
+    Mean and variance of a channel over time follow from the mean and the covariance of the K samples in a window, so the norm folds
+    into weights and biases of each row, and the largest activation of the encoder is never read again. A bias of the convolution
+    cancels.
+
+    Args:
+        wavs: (B, S), in at least float32.
+        conv: of one input channel.
         norm: its weight, bias and eps.
         num_frames: valid frames of each row, at least 1.
+
+    Returns:
+        (B, T, C) in the dtype of the weights.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = list(zip(range(x.shape[0]), num_frames, strict=True))
-    centred = wide - torch.stack([wide[row, :frames].mean(0) for row, frames in pairs])[:, None]
-    variance = torch.stack([centred[row, :frames].square().mean(0) for row, frames in pairs])
-    scale = torch.rsqrt(variance + norm.eps) * norm.weight
-    return torch.addcmul(norm.bias.to(wide.dtype), centred, scale[:, None]).to(x.dtype)
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    lengths = torch.tensor(num_frames, device=wavs.device)
+    windows = wavs.unfold(1, kernel, stride)
+    valid = frame_mask(lengths, windows.shape[1])[..., None]
+    counts = lengths[:, None].double()
+    exact = windows.double().masked_fill(~valid, 0.0)
+    mean = exact.sum(1) / counts  # (B, K)
+    exact = (exact - mean[:, None]).masked_fill(~valid, 0.0)
+    covariance = exact.transpose(1, 2) @ exact / counts[..., None]  # (B, K, K)
+    taps = conv.weight[:, 0].double()
+    variance = torch.einsum("ck,bkl,cl->bc", taps, covariance, taps)
+    scale = torch.rsqrt(variance.clamp(min=0.0) + norm.eps) * norm.weight.double()
+    weight = taps * scale[..., None]  # (B, C, K)
+    # The mean over all taps is taken off the waveform, where it cannot cancel against anything large.
+    level = mean.mean(1, keepdim=True)
+    shift = norm.bias.double() - torch.einsum("bck,bk->bc", weight, mean - level)
+    wavs, weight, shift = (wavs - level.to(wavs.dtype)), weight.to(wavs.dtype), shift.to(wavs.dtype)
+    dtype = conv.weight.dtype
+    if wavs.is_cuda and wavs.dtype == torch.float32 and dtype in fused_cuda.KINDS and not torch.is_grad_enabled():
+        return fused_cuda.waveform_conv_gelu(wavs, weight, shift, stride, dtype)
+    windows = wavs.unfold(1, kernel, stride)
+    return F.gelu(torch.baddbmm(shift[:, None], windows, weight.transpose(1, 2))).to(dtype)
 
 
 class FeatureExtractor(nn.Module):
@@ -160,6 +227,7 @@ class PositionalConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         self.weight_g = nn.Parameter(torch.ones(1, 1, kernel))
         self.weight_v = nn.Parameter(torch.empty(dim, dim // groups, kernel))
+        self._kept: tuple[Any, Tensor] | None = None
 
     def weight(self) -> Tensor:
         """(D, D / groups, K)."""
@@ -168,14 +236,47 @@ class PositionalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D). Frames past a row's end must be zero."""
+        if x.is_cuda:
+            return F.gelu(self._matrix_product(x) + self.bias)
         weight, dtype = self.weight(), x.dtype
         bias: Tensor = self.bias
-        if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        if dtype in (torch.bfloat16, torch.float16):
             # torch 2.11 gives wrong sums for grouped bf16 convolutions of some widths on CPUs with AMX.
             x, weight, bias = x.float(), weight.float(), bias.float()
         padded = F.pad(x.transpose(1, 2), (self.left, self.right))
         y = F.conv1d(padded, weight, bias, groups=self.groups)
         return F.gelu(y).transpose(1, 2).to(dtype)
+
+    def _matrix_product(self, x: Tensor) -> Tensor:
+        """The convolution as one matrix product a group, RUN frames a row: on a GPU 20 to 30 times as fast as cuDNN's grouped one."""
+        matrix = self._unrolled()
+        (batch, frames, dim), kernel = x.shape, self.weight_v.shape[2]
+        runs = -(-frames // RUN_FRAMES)
+        total = runs * RUN_FRAMES + kernel - 1
+        padded = F.pad(x, (0, 0, self.left, total - frames - self.left))
+        width = dim // self.groups
+        grouped = padded.view(batch, total, self.groups, width).permute(2, 0, 1, 3).contiguous()
+        shape = (self.groups, batch, runs, (RUN_FRAMES + kernel - 1) * width)
+        windows = grouped.as_strided(shape, (batch * total * width, total * width, RUN_FRAMES * width, 1))
+        y = torch.bmm(windows.reshape(self.groups, batch * runs, -1), matrix)
+        y = y.view(self.groups, batch, runs * RUN_FRAMES, width).permute(1, 2, 0, 3)
+        return y.reshape(batch, runs * RUN_FRAMES, dim)[:, :frames]
+
+    def _unrolled(self) -> Tensor:
+        """(G, (RUN + K - 1) D / G, RUN D / G): what RUN neighbouring outputs take from the inputs they see; kept without gradients."""
+        recorded = torch.is_grad_enabled() or self.weight_v.is_inference() or self.weight_g.is_inference()
+        parts = () if recorded else (self.weight_v, self.weight_g)
+        key = tuple((part.data_ptr(), part._version, part.dtype, part.device) for part in parts)
+        if not recorded and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        dim, width, kernel = self.weight_v.shape
+        taps = self.weight().view(self.groups, dim // self.groups, width, kernel).permute(0, 3, 2, 1)
+        matrix = taps.new_zeros(self.groups, RUN_FRAMES + kernel - 1, width, RUN_FRAMES, dim // self.groups)
+        for frame in range(RUN_FRAMES):
+            matrix[:, frame : frame + kernel, :, frame] = taps
+        matrix = matrix.flatten(3).flatten(1, 2)
+        self._kept = None if recorded else (key, matrix)
+        return matrix
 
 
 class Encoder(nn.Module):
@@ -203,22 +304,25 @@ class Encoder(nn.Module):
             (L, B, T, D), zero past each row's end.
         """
         frames = x.shape[1]
-        x = zero_padding(x, num_frames)
+        lengths = None if bool((num_frames == frames).all()) else num_frames
+        x = zero_padding(x, lengths)
         x = x + self.pos_conv(x)
         if not self.norm_first:
             x = self.layer_norm(x)
         # A row is filled up to the multiple with zero frames of its own, which the layers then carry along.
         multiple = self.frame_multiple
         padded_frames = (num_frames + multiple - 1) // multiple * multiple
-        x = F.pad(zero_padding(x, num_frames), (0, 0, 0, -frames % multiple))
+        x = F.pad(zero_padding(x, lengths), (0, 0, 0, -frames % multiple))
+        attended = lengths if x.shape[1] == frames else num_frames
+        scanned = None if bool((padded_frames == x.shape[1]).all()) else padded_frames
 
         kept: list[Tensor] | None = [] if torch.is_grad_enabled() else None
         states = None if kept is not None else x.new_empty(len(self.layers) + 1, x.shape[0], frames, x.shape[2])
         for index in range(len(self.layers) + 1):
             if index:
-                x = self.layers[index - 1](x, num_frames, padded_frames)
+                x = self.layers[index - 1](x, attended, scanned)
             last = index == len(self.layers)
-            state = zero_padding((self.layer_norm(x) if last and self.norm_first else x)[:, :frames], num_frames)
+            state = zero_padding((self.layer_norm(x) if last and self.norm_first else x)[:, :frames], lengths)
             if kept is not None:
                 kept.append(state)
             elif states is not None:

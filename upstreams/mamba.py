@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from superb_probe.upstreams import fused_cuda
 from superb_probe.upstreams.base import frame_mask
 from superb_probe.upstreams.scan import selective_scan
 
@@ -58,8 +59,19 @@ def depthwise_conv(
     return y
 
 
+def depthwise_conv_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None, *, reverse: bool = False
+) -> Tensor:
+    """SiLU of `depthwise_conv`; in one kernel on a GPU without gradients."""
+    if x.is_cuda and x.dtype in fused_cuda.KINDS and not torch.is_grad_enabled():
+        return fused_cuda.depthwise_conv_silu(x, weight, bias, tail, reverse)
+    return F.silu(depthwise_conv(x, weight, bias, tail, reverse=reverse))
+
+
 def last_inputs(x: Tensor, tail: Tensor | None, num_frames: Tensor | None, count: int) -> Tensor:
     """The last `count` valid inputs of each row, (B, count, E), reaching back into the tail before them (zeros by default)."""
+    if num_frames is None and x.shape[1] >= count:
+        return x[:, x.shape[1] - count :].clone()
     if tail is None:
         tail = x.new_zeros(x.shape[0], count, x.shape[2])
     if num_frames is None:
@@ -186,7 +198,7 @@ def selective_mix(
     if conv1d.bias is None:
         raise ValueError("the depthwise convolution of a Mamba mixer has a bias")
     tail = None if initial is None else initial.conv
-    u = F.silu(depthwise_conv(hidden, conv1d.weight, conv1d.bias, tail, reverse=reverse))
+    u = depthwise_conv_silu(hidden, conv1d.weight, conv1d.bias, tail, reverse=reverse)
     state_dim = a_log.shape[1]
     step, b, c = torch.split(x_proj(u), [dt_proj.in_features, state_dim, state_dim], dim=-1)
     y, last = selective_scan(
@@ -332,7 +344,7 @@ class Mamba2(nn.Module):
             self.in_proj(zero_padding(x, num_frames)), [self.inner, self.inner + 2 * size, self.num_heads], dim=-1
         )
         tail = None if initial is None else initial.conv
-        convolved = F.silu(depthwise_conv(mixed, self.conv1d.weight, self.conv1d.bias, tail))
+        convolved = depthwise_conv_silu(mixed, self.conv1d.weight, self.conv1d.bias, tail)
         u, b, c = torch.split(convolved, [self.inner, size, size], dim=-1)
         head_dim = self.inner // self.num_heads
 
@@ -392,20 +404,20 @@ class MambaLayer(nn.Module):
             self.fc2 = nn.Linear(ffn_dim, dim)
             self.final_layer_norm = nn.LayerNorm(dim)
 
-    def mix(self, x: Tensor, frames: Tensor) -> Tensor:
+    def mix(self, x: Tensor, frames: Tensor | None) -> Tensor:
         """The mixer's output, (B, T, D): both directions summed where there are two."""
         if self.layer_type == "inn_bi_mamba":
             return self.bimamba(x, frames)  # type: ignore[no-any-return]
         y = self.mamba(x, frames)
         return y + self.mamba_rev(x, frames) if self.layer_type == "ext_bi_mamba" else y  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, num_frames: Tensor, padded_frames: Tensor) -> Tensor:
+    def forward(self, x: Tensor, num_frames: Tensor | None, padded_frames: Tensor | None) -> Tensor:
         """Encode.
 
         Args:
             x: (B, T, D).
             num_frames: not used: a frame that fills up a row is scanned like the others, as in the official code.
-            padded_frames: (B,) frames scanned in each row, the one that fills it up to `frame_multiple` included.
+            padded_frames: (B,) frames scanned in each row, the one that fills it up to `frame_multiple` included; None: all.
 
         Returns:
             (B, T, D).

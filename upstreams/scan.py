@@ -35,6 +35,7 @@ def selective_scan(
     num_frames: Tensor | None = None,
     initial_state: Tensor | None = None,
     chunk_frames: int = 32,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The selective scan and the state it ends in.
 
@@ -55,7 +56,8 @@ def selective_scan(
         reverse: run from each row's last valid frame to its first, as if the valid frames were flipped, scanned and flipped back.
         num_frames: (B,) valid frames of each row. Frames at or past it give zero and leave the state alone.
         initial_state: (B, E, N) state before the first frame scanned; zeros by default.
-        chunk_frames: frames worked on at once. It bounds memory; the result is the same.
+        chunk_frames: frames the plain back end works on at once. It bounds memory; the result is the same.
+        backend: "plain" (this file: any device, gradients), "cuda" (`scan_cuda.py`: forward on a GPU), or "auto": the faster.
 
     Returns:
         y (B, E, T) in the dtype of u, and the last state (B, E, N).
@@ -68,15 +70,32 @@ def selective_scan(
     [2.0, 1.0, 0.0]
     """
     _check_shapes(u, delta, A, B, C, initial_state)
+    recorded = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    )
+    if _on_gpu(backend, u, A, B, recorded):
+        from superb_probe.upstreams.scan_cuda import selective_scan_cuda
+
+        return selective_scan_cuda(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            delta_softplus,
+            reverse=reverse,
+            num_frames=num_frames,
+            initial_state=initial_state,
+        )
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = u.new_zeros(u.shape[0], u.shape[1], B.shape[1])
     state = initial_state.to(dtype).transpose(1, 2).contiguous()  # (B, N, E): channels innermost
     a = A.to(dtype).T.contiguous()
     padding = None if num_frames is None else ~frame_mask(num_frames, u.shape[2])
-    recorded = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    )
     if not recorded and u.device.type == "cpu":
         chunk_frames = min(chunk_frames, _CPU_BLOCK_ELEMENTS // max(1, state.numel()))
     chunk_frames = max(1, min(chunk_frames, u.shape[2]))
@@ -103,6 +122,27 @@ def selective_scan(
     if not outputs:
         return u, state.transpose(1, 2)
     return torch.cat(outputs[::-1] if reverse else outputs, dim=1).transpose(1, 2), state.transpose(1, 2)
+
+
+def _on_gpu(backend: str, u: Tensor, a: Tensor, b: Tensor, recorded: bool) -> bool:
+    """Whether the GPU's kernel runs this scan.
+
+    Raises:
+        ValueError: for a back end that is unknown, or cannot run it.
+    """
+    if backend not in ("auto", "plain", "cuda"):
+        raise ValueError(f"unknown back end {backend!r}: auto, plain or cuda")
+    if backend == "plain" or not u.is_cuda and backend == "auto":
+        return False
+    from superb_probe.upstreams.scan_cuda import supports
+
+    possible = not recorded and supports(u, b, a)
+    if backend == "cuda" and not possible:
+        raise ValueError(
+            "the cuda back end runs on a GPU, without gradients, in float32, bfloat16 or float16, with at most 64 states "
+            f"of their own decays; u is {u.dtype} on {u.device}, N is {b.shape[1]}, gradients {'asked' if recorded else 'not asked'}"
+        )
+    return possible
 
 
 def _frames_first(x: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,12 +23,15 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, num_frames: Tensor | None) -> Tensor:
         """Attend.
+
+        Causal attention needs no mask for padding: it can only follow the valid frames, which then never see it. So no mask is ever
+        larger than (B, 1, 1, T), and the flash kernels can run.
 
         Args:
             x: (B, T, D).
-            mask: (B, 1, T or 1, T) booleans, True where a query may see a key; from `attention_mask`.
+            num_frames: (B,) valid frames of each row; None: all.
 
         Returns:
             (B, T, D).
@@ -39,30 +41,9 @@ class SelfAttention(nn.Module):
         query, key, value = (
             project(x).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mask = None if self.causal or num_frames is None else frame_mask(num_frames, frames)[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=self.causal)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, frames, dim))  # type: ignore[no-any-return]
-
-
-def attention_mask(num_frames: Tensor, max_frames: int, causal: bool) -> Tensor:
-    """What each query may see: valid keys and, if causal, none after itself.
-
-    Padding can only follow the valid frames, so every query of a row with a valid frame sees at least one key.
-
-    Args:
-        num_frames: (B,) valid frames.
-        max_frames: T.
-        causal: position t sees 0..t.
-
-    Returns:
-        Booleans, (B, 1, 1, T), or (B, 1, T, T) if causal.
-
-    >>> attention_mask(torch.tensor([2]), 3, causal=True).int().tolist()
-    [[[[1, 0, 0], [1, 1, 0], [1, 1, 0]]]]
-    """
-    valid = frame_mask(num_frames, max_frames)[:, None, None]
-    if not causal:
-        return valid
-    return valid & torch.ones(max_frames, max_frames, dtype=torch.bool, device=num_frames.device).tril()
 
 
 class TransformerLayer(nn.Module):
@@ -78,22 +59,21 @@ class TransformerLayer(nn.Module):
         self.fc2 = nn.Linear(ffn_dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, num_frames: Tensor, padded_frames: Tensor) -> Tensor:
+    def forward(self, x: Tensor, num_frames: Tensor | None, padded_frames: Tensor | None) -> Tensor:
         """Encode.
 
         Args:
             x: (B, T, D).
-            num_frames: (B,) valid frames; the others are never attended to.
+            num_frames: (B,) valid frames, the others are never attended to; None: all.
             padded_frames: not used: a frame that only fills up a row is masked here, as in fairseq.
 
         Returns:
             (B, T, D).
         """
-        mask = attention_mask(num_frames, x.shape[1], self.self_attn.causal)
         if self.norm_first:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+            x = x + self.self_attn(self.self_attn_layer_norm(x), num_frames)
             return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x, mask))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, num_frames))
         return self.final_layer_norm(x + self.feed_forward(x))  # type: ignore[no-any-return]
 
     def feed_forward(self, x: Tensor) -> Tensor:

@@ -164,19 +164,22 @@ def test_states_do_not_depend_on_the_batch(kind: str) -> None:
     assert batch_error(KINDS[kind]) < 1e-5
 
 
-def group_norm_over_padding(x: Tensor, norm: Any, num_frames: list[int]) -> Tensor:
-    return F.group_norm(x.transpose(1, 2), norm.num_groups, norm.weight, norm.bias, norm.eps).transpose(1, 2)
+first_conv = hubert.normalized_waveform_conv
+
+
+def group_norm_over_padding(wavs: Tensor, conv: Any, norm: Any, num_frames: list[int]) -> Tensor:
+    return first_conv(wavs, conv, norm, [max(num_frames)] * len(num_frames))
 
 
 PADDING_MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
-    "group norm over padding": ("mamba", hubert, "valid_group_norm", group_norm_over_padding),
+    "group norm over padding": ("mamba", hubert, "normalized_waveform_conv", group_norm_over_padding),
     "padding not zeroed": ("mamba", hubert, "zero_padding", lambda x, n: x),
     "waveform norm over padding": (
         "transformer_prenorm", hubert, "normalize_waveforms", lambda w, n: F.layer_norm(w, w.shape[1:]),
     ),
     "flip with the padding": ("ext_bi_mamba", mamba, "frame_mask", lambda n, t: torch.ones(len(n), t, dtype=torch.bool)),
     "attention to padding": (
-        "transformer", transformer, "attention_mask", lambda n, t, c: torch.ones(1, 1, 1, t, dtype=torch.bool),
+        "transformer", transformer, "frame_mask", lambda n, t: torch.ones(len(n), t, dtype=torch.bool),
     ),
 }  # fmt: skip
 
@@ -201,9 +204,11 @@ def test_each_row_has_its_own_frame_that_fills_it_up(monkeypatch: pytest.MonkeyP
     assert batch_error(config) < 1e-5
     original = mamba.MambaLayer.forward
     # The mutant pads only what the batch's longest row needs.
-    monkeypatch.setattr(
-        mamba.MambaLayer, "forward", lambda self, x, n, p: original(self, x, n, torch.where(n == n.max(), p, n))
-    )
+
+    def forward(self: Any, x: Tensor, n: Tensor | None, p: Tensor | None) -> Tensor:
+        return original(self, x, n, p if n is None or p is None else torch.where(n == n.max(), p, n))
+
+    monkeypatch.setattr(mamba.MambaLayer, "forward", forward)
     assert batch_error(config) > 1e-4
 
 

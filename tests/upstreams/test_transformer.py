@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from superb_probe.upstreams import transformer
-from superb_probe.upstreams.transformer import SelfAttention, TransformerLayer, attention_mask
+from superb_probe.upstreams.transformer import SelfAttention, TransformerLayer
 
 DIM, HEADS, FFN = 12, 3, 20
 
@@ -70,15 +70,27 @@ def test_padding_is_not_attended_to(causal: bool, monkeypatch: pytest.MonkeyPatc
 
     assert difference() < 1e-12
     if not causal:  # a causal query never reaches the padding, whatever the mask says of it
-        unmasked = lambda n, t, c: torch.ones(len(n), 1, 1, t, dtype=torch.bool)  # noqa: E731
-        monkeypatch.setattr(transformer, "attention_mask", unmasked)
+        monkeypatch.setattr(transformer, "frame_mask", lambda n, t: torch.ones(len(n), t, dtype=torch.bool))
         assert difference() > 1e-3
 
 
-def test_every_query_sees_a_key() -> None:
-    for causal in (False, True):
-        mask = attention_mask(torch.tensor([1, 3]), 3, causal).expand(2, 1, 3, 3)
-        assert mask.any(-1).all() and not mask[0, ..., 1:].any()
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_the_definition(causal: bool) -> None:
+    attention = SelfAttention(DIM, 2, causal).double()
+    x, lengths = torch.randn(2, 5, DIM, dtype=torch.float64), [5, 3]
+    with torch.no_grad():
+        found = attention(x, torch.tensor(lengths))
+        for row, length in enumerate(lengths):
+            query, key, value = (
+                project(x[row, :length]).view(length, 2, -1).transpose(0, 1)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            weights = query @ key.transpose(1, 2) / (DIM // 2) ** 0.5
+            if causal:
+                weights = weights.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+            expected = attention.out_proj((weights.softmax(-1) @ value).transpose(0, 1).reshape(length, DIM))
+            torch.testing.assert_close(found[row, :length], expected)
+        assert found.isfinite().all()
 
 
 def test_heads_must_divide_the_width() -> None:

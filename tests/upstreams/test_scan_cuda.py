@@ -1,0 +1,164 @@
+"""The GPU's kernels against the plain ones in float64; what can be checked without a GPU runs everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from superb_probe.upstreams import cuda_kernels, fused_cuda, hubert, mamba, scan_cuda
+from superb_probe.upstreams.scan import selective_scan
+from superb_probe.upstreams.scan_cuda import Split, choose_split, selective_scan_cuda
+
+cuda = pytest.mark.cuda
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+BOUNDS = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def inputs(batch: int, width: int, frames: int, states: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(batch * width + frames + states)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    u, z = (draw(batch, frames, width).to(dtype).transpose(1, 2) for _ in range(2))
+    delta = (0.5 * draw(batch, frames, width)).to(dtype).transpose(1, 2)
+    mixed = draw(batch, frames, 2 * states + 8).to(dtype).transpose(1, 2)
+    a = -torch.rand(width, states, device="cuda", generator=generator) * states
+    return [
+        u, delta, a, mixed[:, 8 : 8 + states], mixed[:, 8 + states :], draw(width), z, 0.5 * draw(width) - 4.0
+    ]  # fmt: skip
+
+
+CASES = [
+    # batch, width, frames, states, dtype, reverse, lengths, initial state, split
+    (3, 200, 37, 24, torch.float32, False, None, False, Split(1, 1, 1)),
+    (3, 200, 37, 24, torch.float32, True, [37, 5, 1], True, Split(1, 2, 1)),
+    (2, 130, 1, 16, torch.float32, False, None, True, None),
+    (2, 63, 70, 24, torch.bfloat16, True, [70, 33], True, None),
+    (2, 64, 700, 24, torch.float32, True, [700, 333], True, Split(2, 2, 3)),
+    (2, 64, 700, 24, torch.float32, False, [699, 2], True, Split(2, 4, 5)),
+    (1, 768, 3000, 24, torch.bfloat16, False, None, False, None),
+    (2, 96, 333, 1, torch.float32, False, None, True, Split(1, 1, 2)),
+    (2, 96, 333, 64, torch.float32, True, None, True, Split(1, 4, 2)),
+    (2, 96, 333, 7, torch.float32, True, [300, 299], True, Split(1, 2, 2)),
+    (4, 256, 500, 24, torch.float16, False, None, False, Split(2, 2, 1, 2)),
+    (3, 200, 137, 24, torch.float32, False, None, True, Split(1, 2, 1, 2)),
+]
+
+
+def scan_errors(case: tuple, lengths_for_kernel: list[int] | None) -> tuple[float, float]:  # type: ignore[type-arg]
+    batch, width, frames, states, dtype, reverse, lengths, initial, split = case
+    arguments = inputs(batch, width, frames, states, dtype)
+    generator = torch.Generator("cuda").manual_seed(1)
+    state = torch.randn(batch, width, states, device="cuda", generator=generator) if initial else None
+    wide = [each.double() for each in arguments]
+    options = {"reverse": reverse, "initial_state": None if state is None else state.double()}
+    valid = None if lengths is None else torch.tensor(lengths, device="cuda")
+    expected, expected_state = selective_scan(*wide, True, num_frames=valid, backend="plain", **options)
+    given = None if lengths_for_kernel is None else torch.tensor(lengths_for_kernel, device="cuda")
+    found, found_state = selective_scan_cuda(
+        *arguments, True, num_frames=given, split=split, reverse=reverse, initial_state=state
+    )
+    for row, length in enumerate(lengths or []):
+        if given is not None and lengths_for_kernel == lengths:
+            assert not found[row, :, length:].any()
+    return relative(found, expected), relative(found_state, expected_state)
+
+
+@cuda
+@needs_gpu
+@pytest.mark.parametrize("case", CASES)
+def test_the_scan_equals_the_plain_one_in_float64(case: tuple) -> None:  # type: ignore[type-arg]
+    error, state_error = scan_errors(case, case[6])
+    assert error < BOUNDS[case[4]] and state_error < 1e-5
+
+
+@cuda
+@needs_gpu
+def test_a_scan_that_ignores_lengths_is_found() -> None:
+    case = CASES[1]
+    assert scan_errors(case, None)[0] > 1e-2
+
+
+@cuda
+@needs_gpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_fused_convolution_equals_the_plain_one(reverse: bool) -> None:
+    x = torch.randn(3, 400, 50, device="cuda").transpose(1, 2)[..., :200]
+    weight, bias = torch.randn(200, 1, 4, device="cuda"), torch.randn(200, device="cuda")
+    tail = None if reverse else torch.randn(3, 3, 200, device="cuda")
+    expected = F.silu(mamba.depthwise_conv(x, weight, bias, tail, reverse=reverse))
+    found = fused_cuda.depthwise_conv_silu(x, weight, bias, tail, reverse)
+    assert relative(found, expected) < 1e-6
+    assert relative(fused_cuda.depthwise_conv_silu(x, weight, bias, None, not reverse), expected) > 1e-2
+
+
+@cuda
+@needs_gpu
+def test_the_fused_waveform_convolution_equals_the_plain_one() -> None:
+    wavs, weight, shift = (torch.randn(*shape, device="cuda") for shape in ((2, 3001), (2, 300, 10), (2, 300)))
+    expected = F.gelu(torch.baddbmm(shift[:, None], wavs.unfold(1, 10, 5), weight.transpose(1, 2)))
+    found = fused_cuda.waveform_conv_gelu(wavs, weight, shift, 5, torch.float32)
+    assert found.shape == expected.shape and relative(found, expected) < 1e-6
+
+
+def test_the_positional_convolution_as_a_matrix_product() -> None:
+    for causal in (False, True):
+        conv = hubert.PositionalConv(24, 16, 4, causal)
+        with torch.no_grad():
+            hubert.reset_pos_conv_(conv)
+            for frames in (1, 7, 8, 33):
+                x = torch.randn(3, frames, 24)
+                torch.testing.assert_close(F.gelu(conv._matrix_product(x) + conv.bias), conv(x))
+            before = conv._matrix_product(x)
+            conv.weight_v.mul_(torch.rand_like(conv.weight_v))  # what is kept must notice
+            assert not torch.allclose(conv._matrix_product(x), before)
+
+
+def test_a_strided_convolution_without_copies() -> None:
+    x, weight = torch.randn(2, 101, 8), torch.randn(5, 8, 3)
+    found = hubert._taps(x, weight[..., :2], 0, 50, 2)
+    found = found.baddbmm_(*hubert._tap_operands(x, weight[..., 2:], 2, 50, 2))
+    torch.testing.assert_close(found, hubert.strided_conv(x, weight, None, 2))
+    torch.testing.assert_close(found, F.conv1d(x.transpose(1, 2), weight, stride=2).transpose(1, 2))
+
+
+def test_layouts_cover_all_states_and_frames() -> None:
+    for batch, width, frames, states in ((1, 2304, 60000, 24), (16, 2304, 1500, 24), (1, 6, 1, 1), (4, 768, 90, 64)):
+        for pairs in (False, True):
+            split = choose_split(batch, width, frames, states, pairs, narrow=True)
+            lane_states = -(-states // split.group)
+            assert lane_states <= 24 and 32 % split.group == 0 and lane_states * split.group >= states
+            assert 1 <= split.chunks <= max(1, frames // scan_cuda.MIN_CHUNK_FRAMES)
+    assert choose_split(1, 2304, 60000, 24, True, narrow=True).chunks > 16
+
+
+def test_back_ends_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones(1, 1, 3)
+    with pytest.raises(ValueError, match="unknown back end 'fast'"):
+        selective_scan(ones, ones, torch.zeros(1, 1), ones, ones, backend="fast")
+    with pytest.raises(ValueError, match="runs on a GPU.*on cpu"):
+        selective_scan(ones, ones, torch.zeros(1, 1), ones, ones, backend="cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    cuda_kernels._compiler.cache_clear()
+    with pytest.raises(cuda_kernels.KernelError, match="has no CUDA"):
+        cuda_kernels.compile_source("scan_forward.cu", (), "sm_90")
+
+
+def test_the_compilers_words_are_passed_on() -> None:
+    """Where the run-time compiler is installed, with or without a GPU: the sources compile, and a wrong macro is told."""
+    try:
+        cuda_kernels._compiler.cache_clear()
+        cuda_kernels._compiler()
+    except cuda_kernels.KernelError as error:
+        pytest.skip(str(error))
+    macros = tuple(sorted({"KIND": 1, "KERNEL": 4, "REVERSE": 0, "HAS_TAIL": 0, "FRAMES": 32}.items()))
+    assert cuda_kernels.compile_source("front_end.cu", macros, "sm_90")
+    with pytest.raises(cuda_kernels.KernelError, match="does not compile for sm_90"):
+        cuda_kernels.compile_source("front_end.cu", (("KERNEL", 4), ("FRAMES", 32)), "sm_90")

@@ -1,0 +1,69 @@
+"""Elementwise stages of the encoders on an NVIDIA GPU, each in one pass over memory: kernels in `front_end.cu`, no gradients."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from superb_probe.upstreams.cuda_kernels import launch
+
+SOURCE = "front_end.cu"
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WALK_FRAMES = 64  # of a block of `waveform_conv_gelu`, as its source says
+DEPTHWISE_FRAMES = 32  # of a thread of `depthwise_conv_silu`
+
+
+def waveform_conv_gelu(wavs: Tensor, weight: Tensor, shift: Tensor, stride: int, dtype: torch.dtype) -> Tensor:
+    """GELU(wavs * weight + shift), a convolution with weights of each row.
+
+    Args:
+        wavs: (B, S) float32.
+        weight: (B, C, K) float32.
+        shift: (B, C) float32.
+        stride: samples between frames.
+        dtype: of the result.
+
+    Returns:
+        (B, T, C).
+    """
+    batch, channels, kernel = weight.shape
+    frames = (wavs.shape[1] - kernel) // stride + 1
+    wavs, weight, shift = wavs.contiguous(), weight.contiguous(), shift.contiguous()
+    y = torch.empty(batch, frames, channels, dtype=dtype, device=wavs.device)
+    macros = {"KIND": KINDS[dtype], "KERNEL": kernel, "STRIDE": stride, "CHANNELS": channels}
+    arguments = [ctypes.c_void_p(x.data_ptr()) for x in (wavs, weight, shift, y)]
+    sizes = [ctypes.c_longlong(wavs.stride(0)), ctypes.c_int(frames)]
+    grid = (-(-frames // WALK_FRAMES), -(-channels // 256), batch)
+    launch(SOURCE, "waveform_conv_gelu", macros, wavs.device, grid, 256, [*arguments, *sizes])
+    return y
+
+
+def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, reverse: bool) -> Tensor:
+    """SiLU of a causal depthwise convolution.
+
+    Args:
+        x: (B, T, E), channels innermost in memory.
+        weight: (E, 1, K).
+        bias: (E,).
+        tail: (B, K - 1, E) inputs before the first frame; None for zeros.
+        reverse: each frame and those after it, instead of those before.
+    """
+    batch, frames, width = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    weight, bias = weight.to(x.dtype).contiguous(), bias.to(x.dtype).contiguous()
+    tail = None if tail is None else tail.to(x.dtype).contiguous()
+    y = torch.empty(batch, frames, width, dtype=x.dtype, device=x.device)
+    macros = {
+        "KIND": KINDS[x.dtype],
+        "KERNEL": weight.shape[-1],
+        "REVERSE": int(reverse),
+        "HAS_TAIL": int(tail is not None),
+        "FRAMES": DEPTHWISE_FRAMES,
+    }
+    arguments = [ctypes.c_void_p(None if each is None else each.data_ptr()) for each in (x, weight, bias, tail, y)]
+    sizes = [ctypes.c_longlong(x.stride(0)), ctypes.c_longlong(x.stride(1)), ctypes.c_int(frames), ctypes.c_int(width)]
+    grid = (-(-width // 128), -(-frames // DEPTHWISE_FRAMES), batch)
+    launch(SOURCE, "depthwise_conv_silu", macros, x.device, grid, 128, [*arguments, *sizes])
+    return y
