@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from superb_probe.downstreams.audio import effective_samples
 from superb_probe.downstreams.base import (
     Budget,
     Fold,
@@ -23,7 +24,6 @@ from superb_probe.downstreams.base import (
     Task,
     TaskInfo,
 )
-from superb_probe.downstreams.checks import effective_samples
 from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.downstreams.mini import read_trials
 from superb_probe.downstreams.speakers import balanced_trials, held_out_speakers, with_halves
@@ -32,16 +32,19 @@ from superb_probe.downstreams.support import (
     SUPERB_CITATION,
     check_options,
     check_predictions,
+    choose_head,
     mini_fold,
     with_notes,
 )
 from superb_probe.probes.heads import XVector
 from superb_probe.probes.metrics import eer, min_dcf
+from superb_probe.probes.second_heads import EcapaTdnn
 
 PROVIDES = ("asv",)
 
 MIN_TRAIN_S = 2.0  # training utterances must be longer, after silence trimming
 SAMPLE_RATE_HZ = 16000
+ECAPA_OPTIONS = ("width", "embedding", "attention", "margin", "scale")
 HEAD_OPTIONS = ("width", "pool_width", "margin", "scale", "pool_extra_frame")
 DEVIATIONS = (
     *COMMON_DEVIATIONS,
@@ -78,6 +81,7 @@ INFO = TaskInfo(
             evaluate_every=100,
             max_crop_s=2.0,
             head={"width": 128, "pool_width": 384},
+            second_heads={"ecapa": {"width": 64}},
         ),
     },
     label_columns=("speaker",),
@@ -86,6 +90,7 @@ INFO = TaskInfo(
     license="VoxCeleb1: CC BY 4.0",
     citation=SUPERB_CITATION,
     published={"lr": 1e-4, "batch": "10 x 5", "updates": 200_000, "eer": {"fbank": 9.56, "hubert_base": 5.11}},
+    heads=("xvector", "ecapa"),
 )
 
 
@@ -141,8 +146,12 @@ class SpeakerVerification(Task):
         return {"speaker": torch.tensor(labels.classes["speaker"].index(utterance.labels["speaker"]))}
 
     def head(self, dim: int, labels: LabelSet, options: Mapping[str, Any] | None = None) -> Head:
-        """An x-vector with additive-margin softmax."""
-        return XVector(dim, len(labels.classes["speaker"]), **check_options("asv", options, HEAD_OPTIONS))
+        """An x-vector with additive-margin softmax; "ecapa" is speechbrain's ECAPA-TDNN, with the same objective."""
+        name, rest = choose_head(INFO, options)
+        num_speakers = len(labels.classes["speaker"])
+        if name == "ecapa":
+            return EcapaTdnn(dim, num_speakers, **check_options("asv", rest, ECAPA_OPTIONS))
+        return XVector(dim, num_speakers, **check_options("asv", rest, HEAD_OPTIONS))
 
     def score(self, predictions: Mapping[str, Prediction], fold: Fold, split: Split) -> Score:
         """Equal error rate in percent over the split's trials, scored by the cosine of two embeddings."""

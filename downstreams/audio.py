@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from superb_probe.errors import RequestError
 
 if TYPE_CHECKING:
-    from superb_probe.downstreams.manifest import Utterance
+    from superb_probe.downstreams.manifest import Manifest, Utterance
 
 SAMPLE_RATE_HZ = 16000
-WAVEFORMS = ("none", "gain_trim")
+WAVEFORMS = ("none", "gain", "gain_trim")
+GAIN_DB = -3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def read_waveform(
     utterance: Utterance,
     root: Path,
     sample_rate_hz: int = SAMPLE_RATE_HZ,
-    waveform: Literal["none", "gain_trim"] | str = "none",
+    waveform: Literal["none", "gain", "gain_trim"] | str = "none",
     *,
     resample: bool = False,
 ) -> NDArray[np.float32]:
@@ -70,8 +71,10 @@ def read_waveform(
         utterance: what to read; exactly `duration_s` from `start_s`, or an error.
         root: the corpus root its `audio` is relative to.
         sample_rate_hz: rate the samples must have.
-        waveform: effects: "none", or "gain_trim" (SoX's `gain -3` and silence trimming, as SUPERB's speaker verification).
-        resample: convert another rate (soxr, high quality) instead of refusing it; `resampled_files` says which are.
+        waveform: effects: "none", "gain" (SoX's `gain -3`, as SUPERB's keyword spotting) or "gain_trim" (that and silence trimming,
+            as its speaker verification).
+        resample: convert another rate (soxr, high quality) instead of refusing it; `resampled_files` says which are. SUPERB's effects
+            begin with that conversion, so they imply it: `Manifest.problems` is what refuses another rate where none is meant.
 
     Raises:
         RequestError: if the file cannot be read, has several channels or another rate, or ends before the stretch does.
@@ -80,7 +83,7 @@ def read_waveform(
         raise RequestError(f"unknown waveform effects {waveform!r}. Fix: one of {', '.join(WAVEFORMS)}.")
     path = root / utterance.audio
     header = read_header(path)
-    wrong = stretch_error(utterance, header, sample_rate_hz, resample=resample)
+    wrong = stretch_error(utterance, header, sample_rate_hz, resample=resample or waveform != "none")
     if wrong is not None:
         raise RequestError(f"{utterance.id} ({path}): {wrong[0]}. Fix: {wrong[1]}")
     start, count = stretch_samples(utterance, header.sample_rate_hz)
@@ -99,10 +102,10 @@ def read_waveform(
         import soxr
 
         wav = soxr.resample(wav, header.sample_rate_hz, sample_rate_hz, quality="HQ").astype(np.float32)
-    if waveform == "gain_trim":
-        from superb_probe.downstreams.sox import gain_and_trim
+    if waveform != "none":
+        from superb_probe.downstreams.sox import gain, gain_and_trim
 
-        wav = gain_and_trim(wav, sample_rate_hz)
+        wav = gain(wav, GAIN_DB) if waveform == "gain" else gain_and_trim(wav, sample_rate_hz)
     return np.ascontiguousarray(wav, dtype=np.float32)
 
 
@@ -142,3 +145,13 @@ def stretch_error(
             "correct the times, or leave duration_s empty for all from the start to the end of the file",
         )
     return None
+
+
+def effective_samples(
+    utterance: Utterance, manifest: Manifest, waveform: str, sample_rate_hz: int, *, resample: bool = False
+) -> int:
+    """Samples of an utterance as an encoder gets it; decoded only where effects or another rate ask for it."""
+    other_rate = resample and read_header(manifest.root / utterance.audio).sample_rate_hz != sample_rate_hz
+    if waveform != "gain_trim" and not other_rate:
+        return round(utterance.duration_s * sample_rate_hz)
+    return int(read_waveform(utterance, manifest.root, sample_rate_hz, waveform, resample=resample).size)

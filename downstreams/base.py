@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +28,12 @@ class Budget:
         batch: utterances in a batch.
         accumulate: batches summed into one update; the loss is divided by it.
         evaluate_every: updates between evaluations on dev.
-        max_crop_s: longest stretch of an utterance seen in training (a random crop); None for all of it.
-        head: widths of the head and other options that `Task.head` takes.
+        max_crop_s: longest stretch of an utterance seen in training (a random crop); None for all of it. With view "mean" the
+            waveform is cropped before it is encoded.
+        crops: with view "mean", random crops of a longer utterance that are encoded and drawn from.
+        balance: the target whose classes are drawn equally often, with replacement; "" visits every utterance once an epoch.
+        head: widths of the default head and other options that `Task.head` takes.
+        second_heads: the options of every other head, by its name.
     """
 
     steps: int
@@ -37,7 +41,19 @@ class Budget:
     accumulate: int
     evaluate_every: int
     max_crop_s: float | None = None
+    crops: int = 1
+    balance: str = ""
     head: Mapping[str, Any] = field(default_factory=dict)
+    second_heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def for_head(self, name: str) -> Budget:
+        """The same training of a second head: `head` holds its name and its own options only.
+
+        >>> budget = Budget(10, 4, 1, 5, head={"width": 256}, second_heads={"mlp": {"width": 64}})
+        >>> budget.for_head("mlp").head
+        {'head': 'mlp', 'width': 64}
+        """
+        return replace(self, head={"head": name, **self.second_heads.get(name, {})})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +67,7 @@ class ProtocolSettings:
         batch: utterances in a batch; None keeps the budget's.
         accumulate: batches an update; None keeps the budget's.
         select_on: the split that chooses learning rate and step ("dev"; "test" only where SUPERB itself does).
+        select_metric: what chooses them there, where it is not the task's metric: what `Score.selects` holds.
         head: options for `Task.head`, e.g. {"pool_extra_frame": True}.
         deviations: what still differs from the published code, for the record.
     """
@@ -61,6 +78,7 @@ class ProtocolSettings:
     batch: int | None = None
     accumulate: int | None = None
     select_on: Split = "dev"
+    select_metric: str | None = None
     head: Mapping[str, Any] = field(default_factory=dict)
     deviations: tuple[str, ...] = ()
 
@@ -81,13 +99,16 @@ class TaskInfo:
         clip: largest gradient norm.
         budgets: "small" and "full".
         label_columns: manifest columns it needs; "slot_*" means one or more.
-        speakers: "disjoint" when no speaker of train may be in test, else "shared".
+        speakers: "disjoint" when no two splits may share a speaker, "test_disjoint" when only test is apart, else "shared".
         trained: False for tasks without a probe (QbE).
-        waveform: effects applied to every waveform first: "none" or "gain_trim" (sox gain -3 and silence trimming).
+        waveform: effects applied to every waveform first: "none", "gain" (sox gain -3) or "gain_trim" (that and silence trimming).
         license: of the protocol's corpus.
         citation: the paper to cite.
         published: published settings and scores worth printing, by name.
         dataset: the data a run uses when none is named.
+        heads: names of the heads `Task.head` builds, the default first; empty where there is one.
+        notes: what a reader of the scores must know.
+        resample: whether audio of another rate is converted (QbE: its corpus is published at 8 kHz) instead of refused.
     """
 
     name: str
@@ -101,13 +122,16 @@ class TaskInfo:
     clip: float
     budgets: Mapping[str, Budget]
     label_columns: tuple[str, ...]
-    speakers: Literal["disjoint", "shared"]
+    speakers: Literal["disjoint", "test_disjoint", "shared"]
     trained: bool = True
     waveform: str = "none"
     license: str = ""
     citation: str = ""
     published: Mapping[str, Any] = field(default_factory=dict)
     dataset: str = "mini"
+    heads: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    resample: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +158,38 @@ class Fold:
         manifests: by split.
         trials: by split ("dev", "test"); empty for most tasks.
         notes: what was made, left out or could not be checked while arranging it: for the output and the record.
+        protocol: under which `Task.arrange` arranged it, where the task's targets or scores depend on that.
     """
 
     name: str | None
     manifests: Mapping[str, Manifest]
     trials: Mapping[str, Trials] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    protocol: str = "strict"
+
+
+@dataclass(frozen=True, slots=True)
+class FrameGrid:
+    """The frames that an encoder gives, for tasks whose targets or scores have times.
+
+    Attributes:
+        hop_samples: samples between frames.
+        sample_rate_hz: of the waveforms.
+        num_frames: by utterance id, the frames of its states.
+    """
+
+    hop_samples: int
+    sample_rate_hz: int
+    num_frames: Mapping[str, int]
+
+    @property
+    def hop_s(self) -> float:
+        """Seconds between frames.
+
+        >>> FrameGrid(320, 16000, {}).hop_s
+        0.02
+        """
+        return self.hop_samples / self.sample_rate_hz
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +217,13 @@ class Score:
         items: per item (utterance, trial), named columns of equal length, enough to compute the metric again; "id" names the items
             and "cluster" (the speaker, where known) says which belong together.
         extra: further metrics, e.g. {"min_dcf": 0.41}.
+        selects: what chooses the update instead of the metric, in the metric's direction (SD under "superb"); None: the metric.
     """
 
     value: float
     items: Mapping[str, Sequence[Any] | np.ndarray[Any, Any]]
     extra: Mapping[str, float] = field(default_factory=dict)
+    selects: float | None = None
 
 
 class Head(nn.Module, ABC):
@@ -205,9 +257,24 @@ class Task(ABC):
     def splits(self, root: Path) -> list[Fold]:
         """One Fold, or several (ER: five), of the corpus at `root`."""
 
+    def folds_of(self, whole: Manifest) -> list[Fold]:
+        """The folds of one undivided manifest (`--manifest train=...` alone), where the task cross-validates; else none."""
+        return []
+
     def arrange(self, fold: Fold, protocol: str) -> Fold:
         """The fold as the protocol uses it: speakers held out, trials made, utterances left out, each told in `Fold.notes`."""
         return fold
+
+    def bind(self, fold: Fold, grid: FrameGrid) -> Task:
+        """The task as it is asked of one encoder's frames; what `target` and `score` are then called on.
+
+        Only a task whose labels have times (SD) differs by the encoder.
+        """
+        return self
+
+    def tuned_by(self, score: Score) -> Task:
+        """The task with what is tuned on dev (a threshold) as a score there chose it; the test split is scored by that."""
+        return self
 
     def label_columns(self, fold: Fold, split: str) -> tuple[str, ...]:
         """Label columns that a split must have and fill in; "slot_*" means one or more."""
@@ -227,7 +294,10 @@ class Task(ABC):
 
     @abstractmethod
     def head(self, dim: int, labels: LabelSet, options: Mapping[str, Any] | None = None) -> Head:
-        """A new head for states of width `dim`; `options` are the budget's and the protocol's (an unknown one is an error)."""
+        """A new head for states of width `dim`; `options` are the budget's and the protocol's (an unknown one is an error).
+
+        The option "head" names one of `info.heads`; without it, it is the first (`support.choose_head` reads it).
+        """
 
     @abstractmethod
     def score(self, predictions: Mapping[str, Prediction], fold: Fold, split: Split) -> Score:

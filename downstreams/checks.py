@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from pathlib import Path
 
-from superb_probe.downstreams.audio import SAMPLE_RATE_HZ, read_header, read_waveform
+import soundfile
+
+from superb_probe.downstreams.audio import SAMPLE_RATE_HZ, AudioHeader, effective_samples
 from superb_probe.downstreams.base import Fold, Task, TaskInfo
 from superb_probe.downstreams.manifest import Manifest, Problem, Utterance
 from superb_probe.errors import RequestError
@@ -16,30 +19,30 @@ MAX_NAMED = 5  # examples named in one problem
 def fold_problems(fold: Fold, info: TaskInfo) -> tuple[list[Problem], list[str]]:
     """What is wrong between the splits of a fold: errors, and warnings to keep in the record.
 
-    An utterance in two splits is an error, a speaker in two splits is one where the task says speakers are disjoint. Speakers
-    that are not known, and sentences that two splits share, are warnings.
+    An utterance in two splits is an error, a speaker in two splits is one where the task says speakers are disjoint (or only
+    those of test). Speakers that are not known, and sentences that two splits share, are warnings.
     """
     errors: list[Problem] = []
     warnings: list[str] = []
     for first, second in combinations(fold.manifests, 2):
         a, b = fold.manifests[first], fold.manifests[second]
         where = f"{first} ({a.name}) and {second} ({b.name})"
-        if shared := sorted(set(a.ids) & set(b.ids)):
-            errors.append(Problem(where, f"share {_some(shared, 'utterance id')}", "keep each utterance in one split"))
+        if not info.trained:
+            pass  # nothing is learnt from a split: the same documents may be searched in both
+        elif shared := sorted(set(a.ids) & set(b.ids)):
+            errors.append(Problem(where, f"share {some(shared, 'utterance id')}", "keep each utterance in one split"))
         elif overlapping := _overlapping(a, b):
-            errors.append(
-                Problem(where, f"share audio: {_some(overlapping, 'pair')}", "keep each stretch in one split")
-            )
-        if info.speakers == "disjoint":
+            errors.append(Problem(where, f"share audio: {some(overlapping, 'pair')}", "keep each stretch in one split"))
+        if info.speakers == "disjoint" or (info.speakers == "test_disjoint" and "test" in (first, second)):
             speakers = (set(a.labels("speaker")) & set(b.labels("speaker"))) - {""}
             if speakers:
-                what = f"share {_some(sorted(speakers), 'speaker')}, but {info.name} needs speakers apart"
+                what = f"share {some(sorted(speakers), 'speaker')}, but {info.name} needs speakers apart"
                 errors.append(Problem(where, what, "keep each speaker in one split"))
         if "text" in info.label_columns:
             texts = (set(a.labels("text")) & set(b.labels("text"))) - {""}
             if texts:
-                warnings.append(f"{where} share {_some(sorted(texts), 'sentence')}")
-    if info.speakers == "disjoint":
+                warnings.append(f"{where} share {some(sorted(texts), 'sentence')}")
+    if info.speakers != "shared":
         for split, manifest in fold.manifests.items():
             unknown = manifest.labels("speaker").count("")
             if unknown:
@@ -82,14 +85,50 @@ def length_problems(
     return found
 
 
-def effective_samples(
-    utterance: Utterance, manifest: Manifest, waveform: str, sample_rate_hz: int, *, resample: bool = False
-) -> int:
-    """Samples of an utterance as an encoder gets it; decoded only where effects or another rate ask for it."""
-    other_rate = resample and read_header(manifest.root / utterance.audio).sample_rate_hz != sample_rate_hz
-    if waveform == "none" and not other_rate:
-        return round(utterance.duration_s * sample_rate_hz)
-    return int(read_waveform(utterance, manifest.root, sample_rate_hz, waveform, resample=resample).size)
+def file_problem(path: Path, header: AudioHeader, rates_hz: Sequence[int] = (SAMPLE_RATE_HZ,)) -> str | None:
+    """What is wrong with an audio file as a whole: its rate, its channels, an end that was cut off; None if nothing.
+
+    The end is looked at without decoding the rest: a cut WAV holds less than its header promises, a cut FLAC has no last sample.
+
+    Args:
+        path: the file.
+        header: what `read_header` said of it.
+        rates_hz: the rates it may have.
+    """
+    found = []
+    if header.sample_rate_hz not in rates_hz:
+        wanted = " or ".join(str(rate) for rate in rates_hz)
+        found.append(f"{header.sample_rate_hz} Hz, expected {wanted} Hz")
+    if header.num_channels != 1:
+        found.append(f"{header.num_channels} channels, expected one")
+    if header.num_samples < 1:
+        found.append("no samples")
+    elif _promised_bytes(path) > path.stat().st_size or not _has_last_sample(path, header.num_samples):
+        found.append("truncated: it ends before its header says")
+    return "; ".join(found) or None
+
+
+def _promised_bytes(path: Path) -> int:
+    """The size a RIFF header says the file has up to the end of its samples; 0 where it says none."""
+    with path.open("rb") as file:
+        if file.read(4) != b"RIFF":
+            return 0
+        file.seek(12)
+        while len(chunk := file.read(8)) == 8:
+            length = int.from_bytes(chunk[4:], "little")
+            if chunk[:4] == b"data":
+                return 0 if length in (0, 0xFFFFFFFF) else file.tell() + length  # written as a stream: no size known
+            file.seek(length + length % 2, 1)
+    return 0
+
+
+def _has_last_sample(path: Path, num_samples: int) -> bool:
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            file.seek(num_samples - 1)
+            return len(file.read(1)) == 1
+    except soundfile.LibsndfileError:
+        return False
 
 
 def check_fold(task: Task, fold: Fold, *, read_audio: bool = False, resample: bool = False) -> list[str]:
@@ -137,12 +176,17 @@ def unseen_problems(fold: Fold, column: str) -> list[Problem]:
         unseen = sorted(set(manifest.labels(column)) - known)
         if unseen:
             where = f"{split} ({manifest.name}), {column}"
-            what = f"{_some(unseen, 'label')} not in train (train has {len(known)})"
+            what = f"{some(unseen, 'label')} not in train (train has {len(known)})"
             found.append(Problem(where, what, "move an utterance of each into train, or leave these out"))
     return found
 
 
-def _some(names: list[str], noun: str) -> str:
+def some(names: Sequence[str], noun: str) -> str:
+    """How many there are and the first of them.
+
+    >>> some(["a", "b"], "speaker")
+    '2 speakers (a, b)'
+    """
     listed = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({listed})"
 

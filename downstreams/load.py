@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from superb_probe.downstreams.audio import SAMPLE_RATE_HZ
 from superb_probe.downstreams.base import Fold, Task
 from superb_probe.downstreams.checks import check_fold
-from superb_probe.downstreams.manifest import Manifest, Trials
+from superb_probe.downstreams.corpora import CORPORA, corpus_folds
+from superb_probe.downstreams.manifest import Manifest, Trials, resampled_files
 from superb_probe.downstreams.mini import mini_root
 from superb_probe.errors import RequestError, all_at_once, nearest
 from superb_probe.registry import Registry
@@ -39,6 +41,7 @@ def load_folds(
     *,
     dataset: str | None = None,
     root: Path | None = None,
+    extras: Mapping[str, Path] | None = None,
     manifests: Mapping[str, Path] | None = None,
     protocol: str = "strict",
     read_audio: bool = False,
@@ -50,10 +53,11 @@ def load_folds(
         task: the task.
         dataset: name of a corpus; "mini" is the embedded one and needs no root, None is the task's own (`info.dataset`).
         root: the corpus folder; with manifests, what `audio` is relative to (None: each TSV's own folder).
+        extras: files of a published corpus that are not in its folder, e.g. its lexicon, by name.
         manifests: anyone's own data instead of a corpus: paths by train, dev, test, trials, dev_trials.
         protocol: one of `task.info.protocols`.
         read_audio: decode every file in the check, not only its header.
-        resample: whether another sample rate is converted.
+        resample: whether another sample rate is converted, which the task may ask for itself.
 
     Raises:
         RequestError: with every problem found.
@@ -64,6 +68,8 @@ def load_folds(
         )
     if manifests:
         folds = folds_from_manifests(task, manifests, root)
+    elif dataset is not None and dataset in CORPORA and root is not None:
+        folds = corpus_folds(dataset, root, task, extras)
     elif root is not None:
         folds = task.splits(Path(root))
     elif dataset in (None, task.info.dataset, "mini"):
@@ -72,19 +78,33 @@ def load_folds(
         raise RequestError(
             f"where is {dataset}? Fix: --data {dataset}=FOLDER, or --manifest train=... dev=... test=..."
         )
+    resample = resample or task.info.resample
     arranged = []
     for fold in folds:
         warnings = check_fold(task, fold, read_audio=read_audio, resample=resample)
+        if resample:
+            warnings += _conversions(fold)
         arranged.append(task.arrange(replace(fold, notes=(*fold.notes, *warnings)), protocol))
     return arranged
 
 
+def _conversions(fold: Fold) -> list[str]:
+    """What is converted from another sample rate, split by split."""
+    counts = {split: (len(resampled_files(manifest)), manifest.name) for split, manifest in fold.manifests.items()}
+    return [
+        f"{split} ({name}): {count} files of another rate are converted to {SAMPLE_RATE_HZ} Hz"
+        for split, (count, name) in counts.items()
+        if count
+    ]
+
+
 def folds_from_manifests(task: Task, paths: Mapping[str, Path], root: Path | None = None) -> list[Fold]:
-    """One fold of anyone's own data, read but not yet checked.
+    """The fold of anyone's own data, or the folds of one undivided manifest, read but not yet checked.
 
     Args:
         task: the task, which says what is needed.
-        paths: TSVs by "train", "dev", "test", "trials" (of test) and "dev_trials"; trials are for verification only.
+        paths: TSVs by "train", "dev", "test", "trials" (of test) and "dev_trials"; trials are for verification only. "train" alone
+            is divided where the task cross-validates.
         root: what `audio` is relative to; None: each TSV's own folder.
 
     Raises:
@@ -95,9 +115,13 @@ def folds_from_manifests(task: Task, paths: Mapping[str, Path], root: Path | Non
             close = nearest(key, MANIFEST_KEYS)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise RequestError(f"--manifest {key}=...: unknown split.{hint} Fix: use {', '.join(MANIFEST_KEYS)}.")
+    if set(paths) == {"train"}:
+        whole = Manifest.read(Path(paths["train"]), root)
+        if folds := task.folds_of(whole):
+            return folds
     verification = task.info.metric == "eer"
     needed = [split for split in ("train", "test") if task.info.trained or split != "train"]
-    needed += ["trials"] if verification else ["dev"] if task.info.trained else []
+    needed += ["trials"] if verification else ["dev"]
     missing = [key for key in needed if key not in paths]
     if missing:
         wanted = " ".join(f"{key}={key}.tsv" for key in needed)

@@ -197,7 +197,7 @@ class Manifest(Sequence[Utterance]):
             sample_rate_hz: rate the audio must have.
             resample: whether another rate is fine.
         """
-        found = self._label_problems(label_columns)
+        found = self.label_problems(label_columns)
         headers: dict[str, AudioHeader | RequestError] = {}
         for utterance in self._utterances:
             where = f"{self.name}, utterance {utterance.id} ({utterance.audio})"
@@ -222,7 +222,8 @@ class Manifest(Sequence[Utterance]):
                     found.append(Problem(where, what.split("): ", 1)[-1], fix))
         return found
 
-    def _label_problems(self, label_columns: Sequence[str] | None) -> list[Problem]:
+    def label_problems(self, label_columns: Sequence[str] | None) -> list[Problem]:
+        """Label columns that are missing, and labels that are empty: those asked for, or all but the speaker when None."""
         if label_columns is None:
             names = [column for column in self.columns if column != "speaker"]
         else:

@@ -64,7 +64,7 @@ INFO = TaskInfo(
     clip=1.0,
     budgets={
         "full": Budget(steps=100_000, batch=16, accumulate=2, evaluate_every=1000),
-        "small": Budget(steps=1000, batch=16, accumulate=1, evaluate_every=200, head={"width": 128}),
+        "small": Budget(steps=1000, batch=16, accumulate=1, evaluate_every=100, head={"width": 128}),
     },
     label_columns=("phones",),
     speakers="disjoint",

@@ -13,7 +13,7 @@ from superb_probe.downstreams.manifest import Manifest, Problem, Trials, Utteran
 from superb_probe.errors import RequestError, all_at_once, nearest
 
 NEEDED = ("path", "utt_id", "split")
-KEPT = ("emotion", "iob", "keyword", "rttm")  # label columns taken over as they are
+KEPT = ("emotion", "iob", "keyword", "rttm", "session")  # label columns taken over as they are
 SPLITS = ("train", "dev", "test")
 SILENCES = ("SIL", "<sil>", "sil", "sp", "")
 MAX_DIFFERENCE_S = 0.01
@@ -29,8 +29,8 @@ def prepare_csv(
 ) -> dict[str, Path]:
     """Write train.tsv, dev.tsv and test.tsv, and trials.tsv where there is a trials.txt, from a folder with a manifest.csv.
 
-    The CSV has the columns path, utt_id, split and any of speaker, transcript, duration_s, emotion, keyword, iob, rttm; phones come
-    from the one phones*.csv (utt_id, phone) where there is one. A label that no utterance has is left out.
+    The CSV has the columns path, utt_id, split and any of speaker, transcript, duration_s, emotion, keyword, iob, rttm, session;
+    phones come from the one phones*.csv (utt_id, phone) where there is one. A label that no utterance has is left out.
 
     Args:
         folder: the corpus; give it as --root with the manifests made here.

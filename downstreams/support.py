@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from superb_probe.downstreams.base import Fold
+from superb_probe.downstreams.base import Fold, TaskInfo
 from superb_probe.downstreams.manifest import Manifest
 from superb_probe.downstreams.mini import read_splits
 from superb_probe.errors import RequestError, nearest
@@ -42,6 +42,19 @@ def check_options(task: str, options: Mapping[str, Any] | None, known: Sequence[
             hint = f" Did you mean {close[0]}?" if close else ""
             raise RequestError(f"{task}: its head has no option {name!r}.{hint} Fix: one of {', '.join(known)}.")
     return chosen
+
+
+def choose_head(info: TaskInfo, options: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """The name of the head that some options ask for with "head" (the task's first without it), and the other options.
+
+    Raises:
+        RequestError: for a head the task does not have.
+    """
+    rest = dict(options or {})
+    name = rest.pop("head", info.heads[0])
+    if name not in info.heads:
+        raise RequestError(f"{info.name} has no head {name!r}. Fix: --head with one of {', '.join(info.heads)}")
+    return name, rest
 
 
 def check_predictions(task: str, predictions: Mapping[str, Any], manifest: Manifest) -> None:

@@ -5,31 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-import torch
-from torch import Tensor
 
-from superb_probe.downstreams.base import (
-    Budget,
-    Fold,
-    Head,
-    LabelSet,
-    Prediction,
-    ProtocolSettings,
-    Score,
-    Split,
-    Task,
-    TaskInfo,
-)
-from superb_probe.downstreams.checks import unseen_problems
-from superb_probe.downstreams.manifest import Manifest, Problem, Utterance
-from superb_probe.downstreams.support import check_options, check_predictions
-from superb_probe.probes.heads import UtteranceLinear
+from superb_probe.downstreams.base import Budget, Fold, ProtocolSettings, Task, TaskInfo
+from superb_probe.downstreams.classification import HEADS, Classification
+from superb_probe.downstreams.manifest import Manifest, Utterance
 
 PROVIDES = ("synthetic_sid",)
 
@@ -55,10 +39,11 @@ INFO = TaskInfo(
     speakers="shared",
     license="made by the task, CC0",
     dataset="synthetic",
+    heads=HEADS,
 )
 
 
-class SyntheticSpeakers(Task):
+class SyntheticSpeakers(Classification):
     """Who hums: eight pitches and timbres in noise. A number on it says that an encoder runs, and nothing about speech."""
 
     info = INFO
@@ -67,34 +52,6 @@ class SyntheticSpeakers(Task):
         """Tones made once in the folder for temporary files; `root` is not looked at."""
         folder = make_corpus(Path(tempfile.gettempdir()))
         return [Fold(None, {split: Manifest.read(folder / f"{split}.tsv") for split in UTTERANCES})]
-
-    def label_problems(self, fold: Fold) -> list[Problem]:
-        """Speakers that train does not have."""
-        return unseen_problems(fold, "speaker")
-
-    def labels(self, train: Manifest) -> LabelSet:
-        """The speakers of train, sorted."""
-        return LabelSet({"speaker": tuple(sorted(set(train.labels("speaker"))))})
-
-    def target(self, utterance: Utterance, labels: LabelSet) -> dict[str, Tensor]:
-        """The speaker's number ()."""
-        return {"speaker": torch.tensor(labels.classes["speaker"].index(utterance.labels["speaker"]))}
-
-    def head(self, dim: int, labels: LabelSet, options: Mapping[str, Any] | None = None) -> Head:
-        """Projector, mean over time, linear classifier."""
-        return UtteranceLinear(dim, labels.classes, **check_options("synthetic_sid", options, ("width",)))
-
-    def score(self, predictions: Mapping[str, Prediction], fold: Fold, split: Split) -> Score:
-        """Accuracy in percent."""
-        manifest = fold.manifests[split]
-        check_predictions("synthetic_sid", predictions, manifest)
-        right = [predictions[each.id]["speaker"] == each.labels["speaker"] for each in manifest]
-        items: dict[str, Any] = {"id": list(manifest.ids), "correct": np.asarray(right, dtype=np.int8)}
-        return Score(self.value(items), items)
-
-    def value(self, items: Mapping[str, Any]) -> float:
-        """Accuracy in percent."""
-        return 100.0 * float(np.asarray(items["correct"], dtype=np.float64).mean())
 
 
 def synthetic_sid() -> Task:

@@ -13,9 +13,14 @@ POOL_BATCHES = 16
 
 
 def training_batches(
-    num_frames: Sequence[int], batch: int, generator: torch.Generator, *, similar: bool
+    num_frames: Sequence[int],
+    batch: int,
+    generator: torch.Generator,
+    *,
+    similar: bool,
+    weights: Tensor | None = None,
 ) -> Iterator[list[int]]:
-    """Batches of row numbers without end: each epoch visits every utterance once, in a new order.
+    """Batches of row numbers without end: each epoch visits every utterance once, in a new order, unless there are weights.
 
     Args:
         num_frames: length of each utterance.
@@ -23,6 +28,7 @@ def training_batches(
         generator: draws the order.
         similar: batch utterances of similar length, to waste little on padding: each run of 16 batches' worth of shuffled
             utterances is sorted by length before it is cut, and the batches are shuffled again.
+        weights: (U,) draw every utterance with a chance in proportion, with replacement: there are no epochs then.
 
     >>> batches = training_batches([5, 3, 9, 1], 3, torch.Generator().manual_seed(0), similar=False)
     >>> sorted(next(batches) + next(batches))
@@ -31,6 +37,8 @@ def training_batches(
     count = len(num_frames)
     if count < 1 or batch < 1:
         raise ValueError(f"cannot batch {count} utterances by {batch}")
+    while weights is not None:
+        yield torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
     pool = batch * POOL_BATCHES if similar else count
     while True:
         order = torch.randperm(count, generator=generator).tolist()
@@ -43,6 +51,16 @@ def training_batches(
         if similar:
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         yield from batches
+
+
+def class_weights(classes: Sequence[int]) -> Tensor:
+    """(U,) weights that draw every class equally often, and the utterances of one class equally often.
+
+    >>> class_weights([0, 0, 1]).tolist()
+    [0.5, 0.5, 1.0]
+    """
+    each = torch.tensor(classes)
+    return 1.0 / torch.bincount(each)[each]
 
 
 def evaluation_batches(num_frames: Sequence[int], max_frames: int) -> list[list[int]]:

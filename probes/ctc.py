@@ -38,16 +38,34 @@ def ctc_loss(outputs: FrameLogits, targets: Tensor, target_lengths: Tensor) -> T
         targets: (B, longest) token ids, anything past `target_lengths`.
         target_lengths: (B,).
     """
+    return ctc_losses(outputs.logits[None], outputs.num_frames, targets, target_lengths)[0]
+
+
+def ctc_losses(logits: Tensor, num_frames: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """`ctc_loss` of N trials on one batch, in one call.
+
+    Args:
+        logits: (N, B, T, C).
+        num_frames: (B,) valid frames.
+        targets: (B, longest) token ids, anything past `target_lengths`.
+        target_lengths: (B,).
+
+    Returns:
+        (N,) losses.
+    """
+    count, batch = logits.shape[:2]
     past = torch.arange(targets.shape[1], device=targets.device) >= target_lengths[:, None]
-    log_probabilities = nn.functional.log_softmax(outputs.logits.float(), dim=-1).transpose(0, 1)
-    return nn.functional.ctc_loss(
+    log_probabilities = nn.functional.log_softmax(logits.flatten(0, 1).float(), dim=-1).transpose(0, 1)
+    each = nn.functional.ctc_loss(
         log_probabilities,
-        targets.masked_fill(past, BLANK),
-        outputs.num_frames,
-        target_lengths,
+        targets.masked_fill(past, BLANK).repeat(count, 1),
+        num_frames.repeat(count),
+        target_lengths.repeat(count),
         blank=BLANK,
+        reduction="none",
         zero_infinity=True,
     )
+    return (each.view(count, batch) / target_lengths.clamp(min=1)).mean(1)
 
 
 def greedy_ids(outputs: FrameLogits) -> list[np.ndarray[Any, Any]]:
@@ -164,13 +182,37 @@ class BlstmCtc(_Ctc):
         self.linear = nn.Linear(2 * width, len(self.tokens))
 
     def forward(self, frames: Tensor, num_frames: Tensor) -> FrameLogits:
-        """(B, T, C) logits of every frame; rows are packed, so that padding is never read."""
+        """(B, T, C) logits of every frame; padding is never read."""
         if self.training and self.augment is not None:
             frames = self.augment(frames, num_frames)
         hidden = self.projector(frames)
-        lengths = num_frames.cpu()
+        read = _packed if frames.is_cuda else _reversed
         for rnn in self.rnns:
-            packed = nn.utils.rnn.pack_padded_sequence(hidden, lengths, batch_first=True, enforce_sorted=False)
-            output, _ = nn.utils.rnn.pad_packed_sequence(rnn(packed)[0], batch_first=True, total_length=frames.shape[1])
-            hidden = self.dropout(output)
+            assert isinstance(rnn, nn.LSTM)
+            hidden = self.dropout(read(rnn, hidden, num_frames))
         return FrameLogits(self.linear(hidden), num_frames)
+
+
+def _packed(rnn: nn.LSTM, hidden: Tensor, num_frames: Tensor) -> Tensor:
+    """(B, T, 2 width) of a bidirectional layer, zero past each row's end: what cuDNN does best."""
+    packed = nn.utils.rnn.pack_padded_sequence(hidden, num_frames.cpu(), batch_first=True, enforce_sorted=False)
+    return nn.utils.rnn.pad_packed_sequence(rnn(packed)[0], batch_first=True, total_length=hidden.shape[1])[0]
+
+
+def _reversed(rnn: nn.LSTM, hidden: Tensor, num_frames: Tensor) -> Tensor:
+    """The same without packing, whose gradient takes time quadratic in the frames on a CPU.
+
+    Each row is turned round within its own frames, so that padding comes last in both directions.
+    """
+    batch, length = hidden.shape[:2]
+    frame, row = torch.arange(length)[:, None], torch.arange(batch)
+    valid = frame < num_frames
+    turned = torch.where(valid, num_frames - 1 - frame, frame)
+    forward = hidden.transpose(0, 1)
+    weights: list[Any] = list(rnn._flat_weights)  # four of each direction
+    start = hidden.new_zeros(1, batch, rnn.hidden_size)
+    outputs = []
+    for inputs, half in ((forward, weights[:4]), (forward[turned, row], weights[4:])):
+        outputs.append(torch._VF.lstm(inputs, (start, start), half, True, 1, 0.0, rnn.training, False, False)[0])
+    both = torch.cat([outputs[0], outputs[1][turned, row]], dim=2)
+    return both.masked_fill(~valid[..., None], 0.0).transpose(0, 1)

@@ -5,8 +5,9 @@ A metric that its data leave undefined (one class only, no reference token) rais
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -18,6 +19,9 @@ from superb_probe.errors import RequestError
 
 Floats = NDArray[np.float64]
 SPAN = re.compile(r"B-(\S+) (.+?) E-\1")  # a slot: the shortest stretch between tags of one type
+# MediaEval QUESST 2014 (Anguera et al.): prior of a target 0.0008, a miss costs 100 false alarms
+TWV_PRIOR, TWV_COST_MISS, TWV_COST_FALSE_ALARM = 0.0008, 100.0, 1.0
+TWV_BETA = TWV_COST_FALSE_ALARM / TWV_COST_MISS * (1 / TWV_PRIOR - 1)  # 12.49
 TAG = re.compile(r"B-\S+ | E-\S+")
 
 
@@ -118,6 +122,119 @@ def min_dcf(
     false_alarm, miss, _ = detection_curve(labels, scores)
     cost = cost_miss * p_target * miss + cost_false_alarm * (1 - p_target) * false_alarm
     return float(cost.min() / min(cost_miss * p_target, cost_false_alarm * (1 - p_target)))
+
+
+def detection_counts(
+    labels: Sequence[ArrayLike], scores: Sequence[ArrayLike]
+) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
+    """What each query of a search accepts, at every threshold at which a term-weighted value can be largest.
+
+    Between two scores of targets a lower threshold only adds false alarms, so the scores of targets are all that matter. Queries
+    that occur nowhere have no miss rate; they take no part (NIST STD 2006 evaluation plan, section 3).
+
+    Args:
+        labels: by query, (documents,) 1 where it occurs, 0 elsewhere.
+        scores: by query, (documents,) higher means more alike.
+
+    Returns:
+        (K,) thresholds, falling, and hits and false alarms (queries, K) of scores at or above them; a query that occurs nowhere
+        has zeros.
+
+    >>> detection_counts([[1, 0, 0]], [[0.5, 0.9, 0.1]])
+    (array([0.5]), array([[1]]), array([[1]]))
+    """
+    _same_length("detections", labels, scores)
+    targets, others = [], []
+    for number, (truth, score) in enumerate(zip(labels, scores, strict=True)):
+        truth, score = np.asarray(truth), np.asarray(score, dtype=np.float64)
+        if truth.shape != score.shape or truth.ndim != 1 or not np.isin(truth, (0, 1)).all():
+            raise RequestError(f"detections: query {number} has labels {truth.shape} (0 or 1), scores {score.shape}")
+        if not np.isfinite(score).all():
+            raise RequestError(f"detections: query {number} has scores that are not finite")
+        occurs = bool((truth == 1).any())
+        targets.append(np.sort(score[truth == 1]))
+        others.append(np.sort(score[(truth == 0) & occurs]))
+    thresholds = np.unique(np.concatenate(targets))[::-1]
+    if len(thresholds) == 0:
+        raise UndefinedMetric(f"detections: none of the {len(labels)} queries occurs in a document")
+    hits, false_alarms = (
+        np.stack([len(each) - np.searchsorted(each, thresholds, side="left") for each in kind])
+        for kind in (targets, others)
+    )
+    return thresholds, hits.astype(np.int64), false_alarms.astype(np.int64)
+
+
+def term_weighted_values(
+    hits: ArrayLike, false_alarms: ArrayLike, targets: ArrayLike, others: ArrayLike, *, beta: float = TWV_BETA
+) -> Floats:
+    """(K,) the term-weighted value at each threshold: 1 - mean over queries of (miss rate + beta x false-alarm rate).
+
+    NIST STD 2006; here a trial is a query and a document, as in MediaEval (Rodriguez-Fuentes and Penagarikano 2013).
+
+    Args:
+        hits: (queries, K) of `detection_counts`.
+        false_alarms: (queries, K).
+        targets: (queries,) documents each occurs in; queries with none take no part.
+        others: (queries,) documents it does not occur in.
+        beta: (cost of a false alarm / cost of a miss) x (1 / prior - 1).
+
+    >>> float(term_weighted_values([[1]], [[1]], [1], [999])[0].round(4))
+    0.9875
+    """
+    counted, spare = np.asarray(targets, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    occurs = counted > 0
+    if not occurs.any():
+        raise UndefinedMetric(f"term-weighted value: none of the {len(counted)} queries occurs in a document")
+    found = np.asarray(hits, dtype=np.float64)[occurs] / counted[occurs, None]
+    alarms = np.asarray(false_alarms, dtype=np.float64)[occurs] / np.maximum(spare[occurs, None], 1)
+    value: Floats = found.mean(0) - beta * alarms.mean(0)
+    return value
+
+
+def mtwv(labels: Sequence[ArrayLike], scores: Sequence[ArrayLike], *, beta: float = TWV_BETA) -> tuple[float, float]:
+    """The maximum term-weighted value over one threshold for all queries, and that threshold (accept at or above it).
+
+    Accepting nothing has the value 0, at the threshold infinity.
+
+    Args:
+        labels: by query, (documents,) 1 where it occurs, 0 elsewhere.
+        scores: by query, (documents,) higher means more alike.
+        beta: weight of false alarms.
+
+    >>> mtwv([[1, 0, 0], [0, 1, 0]], [[2.0, 1.0, 0.0], [0.5, 3.0, 0.1]])
+    (1.0, 2.0)
+    """
+    thresholds, hits, false_alarms = detection_counts(labels, scores)
+    targets = [int(np.sum(truth)) for truth in labels]
+    others = [len(np.asarray(truth)) - count for truth, count in zip(labels, targets, strict=True)]
+    values = term_weighted_values(hits, false_alarms, targets, others, beta=beta)
+    best = int(values.argmax())
+    return (float(values[best]), float(thresholds[best])) if values[best] > 0 else (0.0, math.inf)
+
+
+def mean_average_precision(labels: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> float:
+    """The mean over queries of the average precision of their ranked documents; equal scores are ranked together.
+
+    Queries that occur nowhere take no part. A document's precision is taken at its score: among all scores at or above it.
+
+    Args:
+        labels: by query, (documents,) 1 where it occurs, 0 elsewhere.
+        scores: by query, (documents,) higher means more alike.
+
+    >>> mean_average_precision([[1, 0, 1]], [[0.9, 0.5, 0.1]]) == (1 / 1 + 2 / 3) / 2
+    True
+    """
+    _same_length("mean average precision", labels, scores)
+    values = []
+    for truth, score in zip(labels, scores, strict=True):
+        ordered = np.sort(np.asarray(score, dtype=np.float64))
+        targets = np.sort(np.asarray(score, dtype=np.float64)[np.asarray(truth) == 1])
+        if len(targets):
+            hits = len(targets) - np.searchsorted(targets, targets, side="left")
+            values.append(float((hits / (len(ordered) - np.searchsorted(ordered, targets, side="left"))).mean()))
+    if not values:
+        raise UndefinedMetric(f"mean average precision: none of the {len(labels)} queries occurs in a document")
+    return sum(values) / len(values)
 
 
 def edit_distance(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> int:
@@ -279,19 +396,36 @@ def slot_value_wer(references: Sequence[str], hypotheses: Sequence[str]) -> floa
     return _value_error_rate("slot_value_wer", references, hypotheses, str.split)
 
 
+def slot_value_pairs(reference: str, hypothesis: str, tokens: Callable[[str], Sequence[Any]]) -> tuple[int, int]:
+    """Edits and reference tokens of the slot values of one utterance; sums over a corpus give its error rate.
+
+    >>> slot_value_pairs("B-a XYZ E-a", "B-a XYQ E-a", list)
+    (1, 3)
+    """
+    pairs = list(_matched_values(reference, hypothesis, tokens))
+    return sum(edit_distance(*pair) for pair in pairs), sum(len(value) for value, _ in pairs)
+
+
+def _matched_values(
+    reference: str, hypothesis: str, tokens: Callable[[str], Sequence[Any]]
+) -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:
+    said = slots(hypothesis, clean=True)
+    for kind, values in slots(reference).items():
+        candidates = [tokens(value) for value in said.get(kind, [""])]
+        for value in map(tokens, values):
+            # the same reference length for all candidates, so the least error rate is the least number of edits
+            yield value, min(candidates, key=lambda candidate: edit_distance(value, candidate))
+
+
 def _value_error_rate(
     what: str, references: Sequence[str], hypotheses: Sequence[str], tokens: Callable[[str], Sequence[Any]]
 ) -> float:
     _same_length(what, references, hypotheses)
-    truths: list[Sequence[Any]] = []
-    guesses: list[Sequence[Any]] = []
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        said = slots(hypothesis, clean=True)
-        for kind, values in slots(reference).items():
-            candidates = [tokens(value) for value in said.get(kind, [""])]
-            for value in map(tokens, values):
-                truths.append(value)
-                guesses.append(min(candidates, key=lambda candidate: edit_distance(value, candidate)))
-    if not truths:
+    pairs = [
+        pair
+        for reference, hypothesis in zip(references, hypotheses, strict=True)
+        for pair in _matched_values(reference, hypothesis, tokens)
+    ]
+    if not pairs:
         raise UndefinedMetric(f"{what}: none of the {len(references)} references has a slot value")
-    return token_error_rate(what, truths, guesses)
+    return token_error_rate(what, [value for value, _ in pairs], [guess for _, guess in pairs])

@@ -88,22 +88,28 @@ def _plain(value: Any) -> Any:
 
 
 def plan_trials(
-    template: Trial, folds: Iterable[tuple[str | None, str]], lr: Iterable[float], seed: Iterable[int]
+    template: Trial,
+    folds: Iterable[tuple[str | None, str]],
+    lr: Iterable[float],
+    seed: Iterable[int],
+    layer: Iterable[int | None] | None = None,
 ) -> list[Trial]:
-    """The trials of one upstream and one task: every fold with every learning rate and every seed.
+    """The trials of one upstream and one task: every fold with every seed, every layer and every learning rate.
 
     Args:
-        template: holds all that the trials share; its fold, data digest, lr and seed are replaced.
+        template: holds all that the trials share; its fold, data digest, layer, lr and seed are replaced.
         folds: (name, data digest) of each fold.
         lr: learning rates.
         seed: seeds.
+        layer: what is read: one layer, or None for the weighted sum; the template's own when left out.
     """
     shared = {name: getattr(template, name) for name in Trial.__slots__}
-    rates, seeds = list(lr), list(seed)
+    rates, seeds, layers = list(lr), list(seed), [template.layer] if layer is None else list(layer)
     return [
-        Trial(**{**shared, "fold": fold, "data_digest": digest, "lr": float(rate), "seed": int(number)})
+        Trial(**{**shared, "fold": fold, "data_digest": digest, "layer": read, "lr": float(rate), "seed": int(number)})
         for fold, digest in folds
         for number in seeds
+        for read in layers
         for rate in rates
     ]
 
@@ -171,14 +177,20 @@ class PlanRow:
         task: the name.
         dataset: which data.
         protocol: which protocol.
-        budget: "small" or "full".
+        budget: "small", "full" or "quick".
         trials: planned trials, before any growth of the grid.
         finished: those whose record is there already.
         lr: learning rates.
         seed: seeds.
-        utterances: distinct utterances to extract.
+        layers: probes of each rate and seed: 1, or one more than the layers with --layer all.
+        utterances: distinct stretches of audio.
+        extractions: those to be encoded, their states are not on disk yet.
         audio_s: their seconds of audio.
-        state_bytes: what their states take.
+        state_bytes: what the states take.
+        place: where they will be, and why.
+        extract_s: estimated seconds of extraction.
+        fit_s: estimated seconds of training, evaluation and scoring, of all trials.
+        may_grow: whether further learning rates may follow.
     """
 
     upstream: str
@@ -190,27 +202,46 @@ class PlanRow:
     finished: int
     lr: tuple[float, ...]
     seed: tuple[int, ...]
+    layers: int
     utterances: int
+    extractions: int
     audio_s: float
     state_bytes: int
+    place: str
+    extract_s: float
+    fit_s: float
+    may_grow: bool
 
 
 def describe_plan(rows: Sequence[PlanRow]) -> str:
-    """The plan as text: one line for each upstream and task, and the sums.
+    """The plan as text: trials, extractions, gigabytes and minutes of each upstream and task, and the sums.
 
-    >>> row = PlanRow("fbank", "ic", "mini", "strict", "small", 5, 0, (0.1, 0.01), (1,), 900, 3600.0, 4_000_000)
+    >>> row = PlanRow("fbank", "ic", "mini", "strict", "small", 2, 0, (0.1, 0.01), (1,), 1, 900, 900, 3600.0, 4_000_000,
+    ...               "memory: it fits", 30.0, 90.0, False)
     >>> print(describe_plan([row]))
-    fbank on ic (mini, strict, small): 5 trials, lr 0.1 0.01, seed 1; 900 utterances, 1.00 h, 4.0 MB of states
-    in all: 5 trials, 0 finished before
+    fbank on ic (mini, strict, small): 2 trials, lr 0.1 0.01, seed 1; 900 utterances, 1.00 h, 4.0 MB of states
+      900 extractions, 0.5 min; training and scoring 1.5 min
+      states in memory: it fits
+    in all: 2 trials, 0 finished before; 900 extractions; 0.004 GB of states; 2.0 minutes
     """
-    lines = [
-        f"{row.upstream} on {row.task} ({row.dataset}, {row.protocol}, {row.budget}): {row.trials} trials, "
-        f"lr {' '.join(f'{rate:g}' for rate in row.lr)}, seed {' '.join(map(str, row.seed))}; {row.utterances} utterances, "
-        f"{row.audio_s / 3600:.2f} h, {readable_bytes(row.state_bytes)} of states"
-        for row in rows
-    ]
-    total = f"in all: {sum(row.trials for row in rows)} trials, {sum(row.finished for row in rows)} finished before"
-    return "\n".join([*lines, total])
+    lines = []
+    for row in rows:
+        layers = f", {row.layers} probes each (--layer all)" if row.layers > 1 else ""
+        grows = "; more when the best rate lies at the edge of the grid" if row.may_grow else ""
+        lines.append(
+            f"{row.upstream} on {row.task} ({row.dataset}, {row.protocol}, {row.budget}): {row.trials} trials, "
+            f"lr {' '.join(f'{rate:g}' for rate in row.lr)}, seed {' '.join(map(str, row.seed))}{layers}; "
+            f"{row.utterances} utterances, {row.audio_s / 3600:.2f} h, {readable_bytes(row.state_bytes)} of states"
+        )
+        minutes = f"{row.extract_s / 60:.1f} min; training and scoring {row.fit_s / 60:.1f} min"
+        lines.append(f"  {row.extractions} extractions, {minutes}{grows}")
+        lines.append(f"  states in {row.place}")
+    lines.append(
+        f"in all: {sum(row.trials for row in rows)} trials, {sum(row.finished for row in rows)} finished before; "
+        f"{sum(row.extractions for row in rows)} extractions; {sum(row.state_bytes for row in rows) / 1e9:.3f} GB of states; "
+        f"{sum(row.extract_s + row.fit_s for row in rows) / 60:.1f} minutes"
+    )
+    return "\n".join(lines)
 
 
 def readable_bytes(count: float) -> str:

@@ -57,12 +57,12 @@ def bootstrap(
     >>> bool(low < 0.75 < high), method
     (True, 'bootstrap over items, 200 draws')
     """
-    columns = {name: _column(values) for name, values in items.items()}
+    columns = {name: as_column(values) for name, values in items.items()}
     given = {**columns, "clusters": clusters, "other_clusters": other_clusters}
     lengths = {name: len(values) for name, values in given.items() if values is not None}
     if len(set(lengths.values())) != 1 or not columns or draws < 1 or (clusters is None and other_clusters is not None):
         raise RequestError(f"bootstrap: columns of equal length are needed, found {lengths}; draws {draws}")
-    resampled = _resampled_rows(next(iter(lengths.values())), clusters, other_clusters, np.random.default_rng(seed))
+    resampled = resampled_rows(next(iter(lengths.values())), clusters, other_clusters, np.random.default_rng(seed))
     values: list[float] = []
     redrawn = 0
     while len(values) < draws:
@@ -102,7 +102,7 @@ def t_interval(values: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
     return float(scores.mean()) - half, float(scores.mean()) + half
 
 
-def _column(values: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
+def as_column(values: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
     """An array of one dimension first; ragged and mixed items stay Python objects."""
     if isinstance(values, np.ndarray):
         return values
@@ -113,7 +113,7 @@ def _column(values: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
     return column
 
 
-def _resampled_rows(
+def resampled_rows(
     count: int,
     clusters: Sequence[Hashable] | None,
     other_clusters: Sequence[Hashable] | None,

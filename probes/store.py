@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from superb_probe.downstreams.audio import read_waveform
 from superb_probe.downstreams.base import View
 from superb_probe.downstreams.manifest import Manifest, Utterance, audio_digest
-from superb_probe.errors import CheckError, RequestError, all_at_once
+from superb_probe.errors import RequestError
 from superb_probe.probes.identity import source_digest, weights_digest
-from superb_probe.probes.plan import digest_of
-from superb_probe.upstreams.base import Upstream, UpstreamInfo, frame_mask
+from superb_probe.probes.plan import digest_of, readable_bytes
+from superb_probe.probes.store_codec import check_dtype, frame_bytes, from_numpy, to_numpy, unpack
+from superb_probe.probes.store_extract import Clock, Extractor, Keeping
+from superb_probe.probes.store_files import (
+    ShardWriter,
+    intact,
+    mark_used,
+    one_builder,
+    overhead_bytes,
+    remove_leftovers,
+    room_problem,
+    write_whole,
+)
+from superb_probe.upstreams.base import Upstream, UpstreamInfo
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 256 * 2**20
-FORMAT = 1
+WRITES_BEHIND = 4  # batches that wait to be written
+FORMAT = 2
 
 Progress = Callable[[float], None]  # called with seconds of audio done
 
@@ -49,18 +60,25 @@ class FeatureStore:
 
     Built in shards, each written to a temporary name and renamed, so an interrupted build goes on where it stopped.
     The folder's name is the hash of everything that can change a number: upstream name, revision and weights, `layer_norm`,
-    view, dtype, manifest and audio digests, waveform effects, adapter source. Deleting it is always safe.
+    view, dtype, crops, the manifest's utterances and their audio, waveform effects, adapter source. Labels change no state, so
+    tasks on the same utterances share a store. Deleting it is always safe.
 
     Attributes:
         root: folder that holds the stores; None keeps the states in memory.
         folder: the store's own folder below it, once built.
         view: "mean" or "frames".
-        dtype: "float32", "float16" or "bfloat16".
+        dtype: "float32", "float16", "bfloat16", or "int8" (with a scale for every frame of every layer).
         layer_norm: whether every frame of every layer is normalised (without affine).
         waveform: effects applied to the audio first.
+        crops: random stretches of `crop_s` seconds whose means are kept of a longer utterance; 0 for all of it.
+        limit_bytes: most that all stores of `root` may take.
         extract_s: seconds the last build took.
-        encoder_passes: utterances the last build put through the upstream.
+        encoder_passes: utterances (or crops of them) the last build put through the upstream.
+        audio_s: seconds of audio in them.
+        clock: where the time of the last build went.
     """
+
+    resident = True  # whether an utterance can be read at no cost but the reading
 
     def __init__(
         self,
@@ -70,8 +88,12 @@ class FeatureStore:
         dtype: str = "float16",
         layer_norm: bool = False,
         waveform: str = "none",
+        crops: int = 0,
+        crop_s: float | None = None,
+        crop_seed: int = 0,
         memory: MutableMapping[str, Tensor] | None = None,
         device: torch.device | None = None,
+        limit_bytes: int | None = None,
     ) -> None:
         """An empty store.
 
@@ -81,15 +103,22 @@ class FeatureStore:
             dtype: in which it is kept.
             layer_norm: normalise frames; before the mean in view "mean", at reading in view "frames".
             waveform: effects applied to the audio first.
+            crops: random stretches whose means are kept of an utterance longer than `crop_s`, in view "mean".
+            crop_s: their seconds.
+            crop_seed: draws where they begin.
             memory: states in memory that several stores share, so that an utterance in two manifests is extracted once.
             device: where states in memory are kept; None for the CPU.
+            limit_bytes: most that all stores of `root` may take; None for what the disk has.
         """
-        if dtype not in DTYPES:
-            raise RequestError(f"unknown feature dtype {dtype!r}. Fix: one of {', '.join(DTYPES)}")
+        check_dtype(dtype)
+        if crops and (view != "mean" or crop_s is None):
+            raise ValueError("crops are kept in view mean, and have a length")
         self.root, self.view, self.dtype = root, view, dtype
         self.layer_norm, self.waveform = layer_norm, waveform
+        self.crops, self.crop_s, self.crop_seed = crops, crop_s, crop_seed
+        self.limit_bytes = limit_bytes
         self.folder: Path | None = None
-        self.extract_s, self.encoder_passes = 0.0, 0
+        self.extract_s, self.audio_s, self.encoder_passes, self.clock = 0.0, 0.0, 0, Clock()
         self._memory: MutableMapping[str, Tensor] = {} if memory is None else memory
         self._memory_keys: dict[str, str] = {}
         self._device = device or torch.device("cpu")
@@ -97,7 +126,15 @@ class FeatureStore:
         self._maps: list[np.ndarray[Any, Any]] = []
 
     @staticmethod
-    def estimate_bytes(info: UpstreamInfo, manifest: Manifest, view: View, dtype: str = "float16") -> int:
+    def estimate_bytes(
+        info: UpstreamInfo,
+        manifest: Iterable[Utterance],
+        view: View,
+        dtype: str = "float16",
+        *,
+        crops: int = 0,
+        crop_s: float | None = None,
+    ) -> int:
         """What the states of a manifest take, from its durations.
 
         >>> from types import SimpleNamespace as N
@@ -105,11 +142,20 @@ class FeatureStore:
         >>> FeatureStore.estimate_bytes(info, [N(duration_s=1.0)], "frames")
         998400
         """
-        frames = sum(
-            1 if view == "mean" else max(1, int(utterance.duration_s * info.sample_rate_hz) // info.hop_samples)
-            for utterance in manifest
+        frames = 0
+        for utterance in manifest:
+            if view == "mean":
+                frames += crops if crops and crop_s is not None and utterance.duration_s > crop_s else 1
+            else:
+                frames += max(1, int(utterance.duration_s * info.sample_rate_hz) // info.hop_samples)
+        return frames * info.num_layers * frame_bytes(info.dim, dtype)
+
+    @property
+    def keeping(self) -> Keeping:
+        """What is kept of an utterance."""
+        return Keeping(
+            self.view, self.dtype, self.layer_norm, self.waveform, self.crops, self.crop_s, self.crop_seed, self._device
         )
-        return frames * info.num_layers * info.dim * DTYPES[dtype].itemsize
 
     def causes(self, upstream: Upstream, manifest: Manifest | None = None) -> dict[str, Any]:
         """Everything a stored number depends on, as JSON; without a manifest, all but the data."""
@@ -128,13 +174,20 @@ class FeatureStore:
             "view": self.view,
             "dtype": self.dtype,
             "waveform": self.waveform,
+            "crops": [self.crops, self.crop_s, self.crop_seed] if self.crops else None,
         }
         if manifest is not None:
-            causes |= {"manifest": manifest.digest, "audio": audio_digest(manifest)}
+            causes |= {"utterances": utterances_digest(manifest), "audio": audio_digest(manifest)}
         return causes
 
     def build(
-        self, upstream: Upstream, manifest: Manifest, *, max_batch_s: float = 120.0, progress: Progress | None = None
+        self,
+        upstream: Upstream,
+        manifest: Manifest,
+        *,
+        max_batch_s: float = 120.0,
+        progress: Progress | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Extract what is not there yet, and open the store.
 
@@ -143,28 +196,37 @@ class FeatureStore:
             manifest: utterances.
             max_batch_s: seconds of padded audio in a batch.
             progress: called with the seconds of audio done since the last call.
+            say: called with a line before anything is written: how much it will be, and where.
 
         Raises:
-            RequestError: if utterances are too short for a frame (all of them are named) or audio cannot be read.
-            CheckError: if states are not finite or a frame count is not what the upstream declares, with the utterance.
+            RequestError: if utterances are too short for a frame (all of them are named), audio cannot be read, or the states
+                would take more than the disk or the limit has room for.
+            CheckError: if states are not finite, a frame count is not what the upstream declares, or a file is damaged.
         """
         started = time.perf_counter()
-        self.encoder_passes = 0
+        self.audio_s, self.encoder_passes, self.clock = 0.0, 0, Clock()
         if self.root is None:
             self._build_memory(upstream, manifest, max_batch_s, progress)
         else:
             causes = self.causes(upstream, manifest)
-            self.folder = (
-                self.root / f"{upstream.info.name.replace('/', '_').replace(':', '_')}-{digest_of(causes)[:20]}"
-            )
-            self._build_disk(upstream, manifest, max_batch_s, progress, causes)
+            self.folder = store_folder(self.root, upstream.info.name, causes)
+            self._make_folder()
+            tell = say or (lambda text: None)
+            waits = f"waiting for another process that builds {self.folder}"
+            with one_builder(self.folder, lambda: tell(waits)) as alone:
+                if alone:
+                    remove_leftovers(self.folder)
+                if not (self.folder / "causes.json").is_file():
+                    about = {**causes, "first_manifest": manifest.name}
+                    write_whole(self.folder / "causes.json", json.dumps(about, indent=1, sort_keys=True).encode())
+                self._build_disk(upstream, manifest, max_batch_s, progress, tell)
         self.extract_s = time.perf_counter() - started
 
     def __getitem__(self, utterance_id: str) -> Tensor:
         """The states of an utterance in float32, whatever the store keeps.
 
-        (L, D) means for view "mean" (layer norm, if any, taken before the mean); (L, T, D) frames for view "frames" (layer norm at
-        reading).
+        (L, D) means for view "mean" (layer norm, if any, taken before the mean), (K, L, D) where crops are kept;
+        (L, T, D) frames for view "frames" (layer norm at reading).
         """
         states = self.stored(utterance_id).float()
         if self.layer_norm and self.view == "frames":
@@ -172,16 +234,37 @@ class FeatureStore:
         return states
 
     def stored(self, utterance_id: str) -> Tensor:
-        """The states of an utterance as they are kept: in the store's dtype, not normalised in view "frames"."""
+        """The states of an utterance as they are kept (int8 as float32): not normalised in view "frames"."""
+        return self.fetch([utterance_id])[0]
+
+    def fetch(self, ids: Sequence[str], generator: torch.Generator | None = None) -> list[Tensor]:
+        """The states of some utterances as they are kept (int8 as float32): (L, D), (K, L, D) or (L, T, D).
+
+        Args:
+            ids: utterances.
+            generator: draws the crops of sources that encode when they are asked; stored ones are drawn by who reads them.
+        """
+        return [unpack(packed, self.dtype) for packed in self.fetch_packed(ids, generator)]
+
+    def fetch_packed(self, ids: Sequence[str], generator: torch.Generator | None = None) -> list[Tensor]:
+        """As `fetch`, still packed: int8 frames have their scales behind them."""
+        return [self._packed(name) for name in ids]
+
+    def prefetch(self, ids: Sequence[str]) -> None:
+        """Announce what will be fetched next; only sources that encode when they are asked make use of it."""
+
+    def _packed(self, utterance_id: str) -> Tensor:
         if utterance_id in self._memory_keys:
             return self._memory[self._memory_keys[utterance_id]]
         if utterance_id not in self._index:
             raise KeyError(
                 f"no states of utterance {utterance_id!r} in this store: build it over a manifest that has it"
             )
-        shard, offset, shape = self._index[utterance_id]
-        flat = np.array(self._maps[shard][offset : offset + int(np.prod(shape))])  # a copy: the map is read-only
-        return torch.from_numpy(flat).view(DTYPES[self.dtype]).reshape(shape)
+        shard, start, shape = self._index[utterance_id]
+        last = frame_bytes(shape[-1], self.dtype) if self.dtype != "int8" else shape[-1]
+        count = int(np.prod(shape[:-1])) * last
+        data = np.array(self._maps[shard][start : start + count])  # a copy: the map is read-only
+        return from_numpy(data, self.dtype, shape)
 
     def num_frames(self, utterance_id: str) -> int:
         """Frames kept of an utterance, without reading them; 1 in view "mean"."""
@@ -190,6 +273,13 @@ class FeatureStore:
         if utterance_id in self._memory_keys:
             return self._memory[self._memory_keys[utterance_id]].shape[1]
         return self._index[utterance_id][2][1]
+
+    def load(self, device: torch.device) -> None:
+        """Bring what is on disk into the memory of a device, where it is read from then on."""
+        for name in list(self._index):
+            self._memory[name] = self._packed(name).to(device)
+            self._memory_keys[name] = name
+        self._index, self._maps = {}, []
 
     def __contains__(self, utterance_id: object) -> bool:
         """Whether the states of an utterance are there."""
@@ -219,11 +309,27 @@ class FeatureStore:
                 missing.setdefault(keys[utterance.id], utterance)
         if progress is not None:
             progress(manifest_seconds(manifest) - manifest_seconds(missing.values()))
-        batches = duration_batches(list(missing.values()), max_batch_s)
-        for batch, states in self._extract(upstream, manifest.root, batches, progress):
+        extractor = Extractor(upstream, manifest.root, self.keeping)
+        for batch, states in extractor.run(duration_batches(list(missing.values()), max_batch_s, self.keeping.pieces)):
             for utterance, part in zip(batch, states, strict=True):
-                self._memory[keys[utterance.id]] = part.to(self._device)
+                self._memory[keys[utterance.id]] = part
+            if progress is not None:
+                progress(manifest_seconds(batch))
         self._memory_keys = keys
+        self._note(extractor)
+
+    def _note(self, extractor: Extractor) -> None:
+        self.encoder_passes, self.audio_s, self.clock = extractor.encoded, extractor.audio_s, extractor.clock
+
+    def _make_folder(self) -> None:
+        assert self.folder is not None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            mark_used(self.folder)
+        except OSError as error:
+            raise RequestError(
+                f"cannot write the store {self.folder}: {error.strerror}. Fix: --store DIR that can be written"
+            ) from error
 
     def _build_disk(
         self,
@@ -231,55 +337,70 @@ class FeatureStore:
         manifest: Manifest,
         max_batch_s: float,
         progress: Progress | None,
-        causes: Mapping[str, Any],
+        say: Callable[[str], None],
     ) -> None:
-        assert self.folder is not None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RequestError(
-                f"cannot write the store {self.folder}: {error.strerror}. Fix: --store DIR that can be written"
-            ) from error
+        assert self.folder is not None and self.root is not None
         shards = self._shards(upstream.info, manifest, max_batch_s)
-        _write(self.folder / "causes.json", json.dumps(causes, indent=1, sort_keys=True).encode())
+        missing = []
         for shard in shards:
-            if _intact(self.folder, shard.name):
-                if progress is not None:
-                    progress(sum(manifest_seconds(batch) for batch in shard.batches))
-                continue
-            parts: list[np.ndarray[Any, Any]] = []
-            index: dict[str, Any] = {}
-            offset = 0
-            for batch, states in self._extract(upstream, manifest.root, shard.batches, progress):
-                for utterance, part in zip(batch, states, strict=True):
-                    flat = _as_numpy(part)
-                    index[utterance.id] = [offset, list(part.shape)]
-                    offset += flat.size
-                    parts.append(flat)
-            data = np.concatenate(parts).tobytes()
-            _write(self.folder / f"{shard.name}.bin", data)
-            entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "index": index}
-            _write(
-                self.folder / f"{shard.name}.json", json.dumps(entry).encode()
-            )  # last: its presence says the shard is whole
+            if not intact(self.folder, shard.name):
+                missing.append(shard)
+            elif progress is not None:
+                progress(sum(manifest_seconds(batch) for batch in shard.batches))
+        if missing:
+            needed = sum(self._estimate(upstream.info, batch) for shard in missing for batch in shard.batches)
+            names = [utterance.id for shard in missing for batch in shard.batches for utterance in batch]
+            problem = room_problem(self.root, needed + overhead_bytes(names), self.limit_bytes)
+            if problem is not None:
+                raise RequestError(
+                    f"the states of {upstream.info.name} over {manifest.name} do not fit: {problem}. Fix: `superb-probe store "
+                    f"clean {self.root} --keep SIZE`, another --store, or --states stream"
+                )
+            say(f"writing {readable_bytes(needed)} of states to {self.folder}")
+            self._write(upstream, manifest.root, missing, progress)
         self._open(shards)
+
+    def _write(self, upstream: Upstream, root: Path, shards: Sequence[_Shard], progress: Progress | None) -> None:
+        """Extract some shards in one go, each written by a thread while the next batches are encoded."""
+        assert self.folder is not None
+        started = time.perf_counter()
+        extractor = Extractor(upstream, root, self.keeping)
+        extracted = extractor.run([batch for shard in shards for batch in shard.batches])
+        behind: deque[Future[None]] = deque()
+        with contextlib.ExitStack() as cleanup, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+            for shard in shards:
+                writer = ShardWriter(self.folder, shard.name)
+                cleanup.callback(writer.discard)
+                for _ in shard.batches:
+                    batch, states = next(extracted)
+                    behind.append(pool.submit(_add, writer, batch, states))
+                    _wait(behind, WRITES_BEHIND, extractor.clock)
+                    if progress is not None:
+                        progress(manifest_seconds(batch))
+                behind.append(pool.submit(writer.finish))
+            next(extracted, None)  # lets its threads end
+            _wait(behind, 0, extractor.clock)
+        extractor.clock.total_s = time.perf_counter() - started
+        self._note(extractor)
 
     def _open(self, shards: Sequence[_Shard]) -> None:
         assert self.folder is not None
-        kind = np.float32 if self.dtype == "float32" else np.int16  # bit patterns: numpy has no bfloat16
         self._maps, self._index = [], {}
         for shard in shards:
             entry = json.loads((self.folder / f"{shard.name}.json").read_text())
-            self._maps.append(np.memmap(self.folder / f"{shard.name}.bin", dtype=kind, mode="r"))
-            for name, (offset, shape) in entry["index"].items():
-                self._index[name] = (shard.number, offset, tuple(shape))
+            self._maps.append(np.memmap(self.folder / f"{shard.name}.bin", dtype=np.uint8, mode="r"))
+            for name, (start, shape) in entry["index"].items():
+                self._index[name] = (shard.number, start, tuple(shape))
+
+    def _estimate(self, info: UpstreamInfo, utterances: Iterable[Utterance]) -> int:
+        return self.estimate_bytes(info, utterances, self.view, self.dtype, crops=self.crops, crop_s=self.crop_s)
 
     def _shards(self, info: UpstreamInfo, manifest: Manifest, max_batch_s: float) -> list[_Shard]:
         """The same shards for the same manifest, whatever was written before: a resumed build ends in the same bytes."""
         shards: list[list[tuple[Utterance, ...]]] = []
         room = 0
-        for batch in duration_batches(manifest, max_batch_s):
-            size = self.estimate_bytes(info, batch, self.view, self.dtype)  # type: ignore[arg-type]
+        for batch in duration_batches(manifest, max_batch_s, self.keeping.pieces):
+            size = self._estimate(info, batch)
             if not shards or size > room:
                 shards.append([])
                 room = SHARD_BYTES
@@ -287,139 +408,61 @@ class FeatureStore:
             shards[-1].append(tuple(batch))
         return [_Shard(number, tuple(batches)) for number, batches in enumerate(shards)]
 
-    def _extract(
-        self, upstream: Upstream, root: Path, batches: Sequence[Sequence[Utterance]], progress: Progress | None
-    ) -> Iterator[tuple[Sequence[Utterance], list[Tensor]]]:
-        """The kept states of every batch; audio of the next batches is decoded while one is encoded."""
-        states_for = getattr(upstream, "states_for", None)
-        with ThreadPoolExecutor(2) as readers:
 
-            def read(utterance: Utterance) -> Tensor | None:
-                if states_for is not None:
-                    return None
-                return torch.from_numpy(read_waveform(utterance, root, upstream.info.sample_rate_hz, self.waveform))
-
-            ahead = [[readers.submit(read, utterance) for utterance in batch] for batch in batches[:2]]
-            for number, batch in enumerate(batches):
-                if number + 2 < len(batches):
-                    ahead.append([readers.submit(read, utterance) for utterance in batches[number + 2]])
-                waves = [future.result() for future in ahead[number]]
-                ahead[number] = []
-                if states_for is not None:
-                    states = [torch.as_tensor(states_for(utterance.id)) for utterance in batch]
-                else:
-                    states = _encode(upstream, batch, [wave for wave in waves if wave is not None])
-                self.encoder_passes += len(batch)
-                yield (
-                    batch,
-                    [self._keep(upstream.info, utterance, part) for utterance, part in zip(batch, states, strict=True)],
-                )
-                if progress is not None:
-                    progress(manifest_seconds(batch))
-
-    def _keep(self, info: UpstreamInfo, utterance: Utterance, states: Tensor) -> Tensor:
-        """What is kept of one utterance's states (L, T, D): checked, reduced to the view, in the store's dtype."""
-        if states.ndim != 3 or states.shape[0] != info.num_layers or states.shape[2] != info.dim or states.shape[1] < 1:
-            raise CheckError(
-                f"{info.name}, utterance {utterance.id}: states of shape {tuple(states.shape)}, expected "
-                f"(L={info.num_layers}, T, D={info.dim}). Fix: `superb-probe check upstream` says what the adapter gets wrong"
-            )
-        if self.view == "mean":
-            states = states.float()
-            if self.layer_norm:
-                states = torch.nn.functional.layer_norm(states, states.shape[-1:])
-            states = states.mean(1)
-        kept = states.to(DTYPES[self.dtype]).contiguous().clone()
-        if not bool(torch.isfinite(kept).all()):
-            finite_before = bool(torch.isfinite(states).all())
-            fix = (
-                f"they overflow {self.dtype}: keep them as float32"
-                if finite_before
-                else "`superb-probe check upstream` finds the layer; half precision often is the cause"
-            )
-            raise CheckError(f"{info.name}, utterance {utterance.id}: states that are not finite. Fix: {fix}")
-        return kept
+def _add(writer: ShardWriter, batch: Sequence[Utterance], states: Sequence[Tensor]) -> None:
+    for utterance, part in zip(batch, states, strict=True):
+        writer.add(utterance.id, to_numpy(part), part.shape)
 
 
-def duration_batches(utterances: Sequence[Utterance], max_batch_s: float) -> list[list[Utterance]]:
+def _wait(behind: deque[Future[None]], most: int, clock: Clock) -> None:
+    """Wait until at most so many writes are left; their errors come out here."""
+    while len(behind) > most:
+        started = time.perf_counter()
+        behind.popleft().result()
+        clock.write_s += time.perf_counter() - started
+
+
+def store_folder(root: Path, upstream: str, causes: Mapping[str, Any]) -> Path:
+    """Where a store with these causes is, or would be."""
+    return Path(root) / f"{upstream.replace('/', '_').replace(':', '_')}-{digest_of(causes)[:20]}"
+
+
+def utterances_digest(manifest: Iterable[Utterance]) -> str:
+    """The sha256 of which stretches of audio a manifest names, and how; labels and order do not count."""
+    lines = sorted(f"{u.id}\t{u.audio}\t{u.start_s!r}\t{u.duration_s!r}\n" for u in manifest)
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def duration_batches(
+    utterances: Iterable[Utterance],
+    max_batch_s: float,
+    pieces: Callable[[Utterance], tuple[float, int]] | None = None,
+) -> list[list[Utterance]]:
     """Utterances from the longest to the shortest (ties by id), in batches of at most `max_batch_s` padded seconds, or one utterance.
+
+    Args:
+        utterances: what to batch.
+        max_batch_s: padded seconds.
+        pieces: seconds and number of what is encoded of an utterance; None for the whole, once.
 
     >>> made = [Utterance(name, "a.wav", 0.0, seconds, {}) for name, seconds in (("a", 1.0), ("b", 4.0), ("c", 3.0))]
     >>> [[utterance.id for utterance in batch] for batch in duration_batches(made, 8.0)]
     [['b', 'c'], ['a']]
     """
     batches: list[list[Utterance]] = []
+    longest_s, count = 0.0, 0
+    measured = pieces or (lambda utterance: (utterance.duration_s, 1))
     for utterance in sorted(utterances, key=lambda each: (-each.duration_s, each.id)):
-        if batches and batches[-1][0].duration_s * (len(batches[-1]) + 1) <= max_batch_s:
+        seconds, number = measured(utterance)
+        if batches and max(longest_s, seconds) * (count + number) <= max_batch_s:
             batches[-1].append(utterance)
+            longest_s, count = max(longest_s, seconds), count + number
         else:
             batches.append([utterance])
+            longest_s, count = seconds, number
     return batches
 
 
-def manifest_seconds(utterances: Any) -> float:
+def manifest_seconds(utterances: Iterable[Utterance]) -> float:
     """Seconds of audio of some utterances."""
     return float(sum(utterance.duration_s for utterance in utterances))
-
-
-def _encode(upstream: Upstream, batch: Sequence[Utterance], waves: Sequence[Tensor]) -> list[Tensor]:
-    """The states (L, T, D) of each utterance of a batch, padded together for the upstream only."""
-    short = [
-        f"utterance {utterance.id}: {wave.numel()} samples after effects, {wave.numel() / upstream.info.sample_rate_hz:.3f} s"
-        for utterance, wave in zip(batch, waves, strict=True)
-        if upstream.num_frames(wave.numel()) < 1
-    ]
-    if short:
-        raise all_at_once(f"{upstream.info.name}: too short for one frame", short, "leave them out of the manifest")
-    layers = upstream.extract(waves)
-    expected = [upstream.num_frames(wave.numel()) for wave in waves]
-    found = layers.num_frames.tolist()
-    wrong = [
-        f"utterance {utterance.id}: {got} frames, `num_frames` says {want}"
-        for utterance, got, want in zip(batch, found, expected, strict=True)
-        if got != want or want > layers.states.shape[2]
-    ]
-    if layers.states.ndim != 4 or layers.states.shape[1] != len(batch):
-        wrong.append(f"states of shape {tuple(layers.states.shape)} for {len(batch)} utterances, expected (L, B, T, D)")
-    if wrong:
-        raise CheckError(f"{upstream.info.name}: " + "; ".join(wrong) + ". Fix: `superb-probe check upstream`")
-    valid = frame_mask(layers.num_frames, layers.states.shape[2])
-    states = layers.states.masked_fill(~valid[None, :, :, None], 0.0)
-    return [states[:, row, :length] for row, length in enumerate(found)]
-
-
-def _as_numpy(states: Tensor) -> np.ndarray[Any, Any]:
-    flat = states.cpu().reshape(-1)
-    return flat.numpy() if flat.dtype == torch.float32 else flat.view(torch.int16).numpy()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all: written beside, then renamed. Two processes that write the same file end with one good file."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def _intact(folder: Path, name: str) -> bool:
-    """Whether a shard is there and has the bytes it was written with.
-
-    Raises:
-        CheckError: if it is there but damaged.
-    """
-    data, entry = folder / f"{name}.bin", folder / f"{name}.json"
-    if not entry.is_file():
-        return False
-    expected = json.loads(entry.read_text())
-    digest = hashlib.sha256()
-    if data.is_file():
-        with data.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    if digest.hexdigest() != expected["sha256"]:
-        raise CheckError(
-            f"{data}: its bytes are not those that were written (checksum). Fix: delete {folder}; it is built again"
-        )
-    return True

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from superb_probe.errors import RequestError
+from superb_probe.probes import kernels
 
 
 class WeightedSum(nn.Module):
@@ -50,8 +54,88 @@ class WeightedSum(nn.Module):
             raise RequestError(
                 f"WeightedSum: states have shape {tuple(states.shape)}, expected (L, ..., D) with L = {self.weights.shape[0]}"
             )
-        states = states.to(self.weights.dtype)
         if self.layer_norm:
-            states = nn.functional.layer_norm(states, states.shape[-1:])
-        mixed: Tensor = torch.tensordot(self.mixture(), states, dims=1)
+            states = nn.functional.layer_norm(states.to(self.weights.dtype), states.shape[-1:])
+        if states.requires_grad or self.weights.dtype != torch.float32:
+            mixed: Tensor = torch.tensordot(self.mixture(), states.to(self.weights.dtype), dims=1)
+        else:
+            mixed = _FrozenMix.apply(self.mixture(), states)  # type: ignore[no-untyped-call]
         return mixed
+
+
+class _FrozenMix(torch.autograd.Function):
+    """The mixture of states that need no gradient: one pass over them forward, one backward."""
+
+    @staticmethod
+    def forward(context: Any, mixture: Tensor, states: Tensor) -> Tensor:
+        context.save_for_backward(states)
+        return mix(mixture[None], states)[0]
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (states,) = context.saved_tensors
+        return mixture_gradient(gradient[None], states)[0], None
+
+
+class Mixer:
+    """The mixtures of N trials: each the softmax of its weights, or a single layer.
+
+    Attributes:
+        weights: (N, L) before the softmax; rows of trials that read a single layer are not used.
+        any_learnt: whether there is a mixture to learn.
+    """
+
+    def __init__(self, weights: Tensor, layers: Sequence[int | None]) -> None:
+        """`layers` says by trial which one is read, None for the weighted sum."""
+        self.weights = weights
+        self._layers = tuple(layers)
+        chosen = torch.tensor([layer or 0 for layer in layers], dtype=torch.long, device=weights.device)
+        self._single = nn.functional.one_hot(chosen, weights.shape[1]).to(weights.dtype)
+        self._learnt = torch.tensor([[layer is None] for layer in layers], device=weights.device)
+        self.any_learnt = None in self._layers and weights.shape[1] > 1  # the softmax of one weight is one
+
+    def part(self, trials: Sequence[int]) -> Mixer:
+        """The mixtures of some of the trials."""
+        return Mixer(self.weights[list(trials)], [self._layers[trial] for trial in trials])
+
+    def mixture(self) -> Tensor:
+        """(N, L) the weight of each layer.
+
+        >>> Mixer(torch.zeros(2, 2), (None, 1)).mixture().tolist()
+        [[0.5, 0.5], [0.0, 1.0]]
+        """
+        return torch.where(self._learnt, self.weights.detach().softmax(1), self._single)
+
+    def gradient(self, mixture: Tensor, gradient: Tensor) -> Tensor:
+        """(N, L) gradient of `weights` from that of the mixture; zero for single layers."""
+        weighted = mixture * gradient
+        through = weighted - mixture * weighted.sum(1, keepdim=True)
+        return torch.where(self._learnt, through, 0.0)
+
+
+def mix(mixture: Tensor, states: Tensor) -> Tensor:
+    """(N, ...) the mixtures of N trials over the same states, in one pass over them.
+
+    Args:
+        mixture: (N, L).
+        states: (L, ...).
+
+    >>> mix(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[2.0], [4.0]])).tolist()
+    [[3.0], [4.0]]
+    """
+    layers = states.flatten(1)
+    fused = layers.is_cuda and layers.is_contiguous() and kernels.available()
+    mixed = kernels.mix(mixture, layers) if fused else mixture @ layers.to(mixture.dtype)
+    return mixed.view(-1, *states.shape[1:])
+
+
+def mixture_gradient(gradient: Tensor, states: Tensor) -> Tensor:
+    """(N, L) the gradient of the mixtures: inner products of the mixed states' gradient with every layer, in one pass.
+
+    Args:
+        gradient: (N, ...) of what `mix` gave.
+        states: (L, ...).
+    """
+    layers, slopes = states.flatten(1), gradient.flatten(1)
+    fused = layers.is_cuda and layers.is_contiguous() and kernels.available()
+    return kernels.mixture_gradient(slopes, layers) if fused else slopes @ layers.to(slopes.dtype).T

@@ -66,6 +66,21 @@ def statistics_pooling(frames: Tensor, num_frames: Tensor) -> Tensor:
     return torch.cat([mean, deviation], dim=1)
 
 
+def additive_margin_loss(vector: Tensor, objective: Tensor, speakers: Tensor, *, margin: float, scale: float) -> Tensor:
+    """Additive-margin softmax (Wang et al., arXiv:1801.05599), a mean over the batch.
+
+    Args:
+        vector: (B, C').
+        objective: (C', C) one direction a speaker.
+        speakers: (B,) class ids.
+        margin: taken off the cosine of the right speaker.
+        scale: of the cosines.
+    """
+    cosines = nn.functional.normalize(vector, dim=1) @ nn.functional.normalize(objective, dim=0)
+    margins = margin * nn.functional.one_hot(speakers, cosines.shape[1]).to(cosines.dtype)
+    return nn.functional.cross_entropy(scale * (cosines - margins), speakers)
+
+
 class XVector(Head):
     """Connector, five time-delay layers, statistics pooling and two linear layers, trained with additive-margin softmax.
 
@@ -125,10 +140,9 @@ class XVector(Head):
 
     def loss(self, outputs: XVectorOutputs, batch: Batch) -> Tensor:
         """Cross-entropy over scaled cosines, the margin taken off the right speaker's first."""
-        speakers = batch.targets["speaker"]
-        cosines = nn.functional.normalize(outputs.vector, dim=1) @ nn.functional.normalize(self.objective, dim=0)
-        margins = self.margin * nn.functional.one_hot(speakers, cosines.shape[1]).to(cosines.dtype)
-        return nn.functional.cross_entropy(self.scale * (cosines - margins), speakers)
+        return additive_margin_loss(
+            outputs.vector, self.objective, batch.targets["speaker"], margin=self.margin, scale=self.scale
+        )
 
     def predict(self, outputs: XVectorOutputs) -> list[np.ndarray[Any, Any]]:
         """The embedding of each utterance, of length one; a trial's score is the dot product of two."""

@@ -41,6 +41,7 @@ _KEY_COLUMNS = (
     "batch",
     "accumulate",
     "optimizer",
+    "imported_from",
 )
 COLUMNS = (
     "task",
@@ -62,12 +63,17 @@ COLUMNS = (
     "edge",
     "lr_tried",
     "dev_score",
+    "dev_slope",
+    "extra",
     "folds",
     "layer_weights_peak",
     "head",
     "layer",
+    "layer_choice",
     "layer_norm",
     "params",
+    "macs",
+    "times_real_time",
     "lookahead_samples",
     "steps",
     "batch",
@@ -81,6 +87,7 @@ COLUMNS = (
     "revision",
     "task_version",
     "data",
+    "imported_from",
     "failed",
     "incomplete",
     "protocol_deviations",
@@ -99,7 +106,7 @@ def _key(record: RunRecord) -> dict[str, Any]:
         "budget": probe.budget,
         "control": probe.control or "",
         "head": probe.head,
-        "layer": "weighted sum" if probe.layer is None else str(probe.layer),
+        "layer": "by dev" if untrained(record) else "weighted sum" if probe.layer is None else str(probe.layer),
         "layer_norm": probe.layer_norm,
         "metric": task.metric,
         "unit": task.unit,
@@ -116,7 +123,13 @@ def _key(record: RunRecord) -> dict[str, Any]:
         "batch": probe.batch,
         "accumulate": probe.accumulate,
         "optimizer": probe.optimizer,
+        "imported_from": record.imported_from or "",
     }
+
+
+def untrained(record: RunRecord) -> bool:
+    """Whether the record's task trains no probe (QbE): it has no learning rate, and dev chooses its layer instead."""
+    return record.probe.steps == 0 and record.probe.lr == 0
 
 
 def _canonical(values: Mapping[str, Any]) -> str:
@@ -150,10 +163,13 @@ def _groups(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
 def _by_rate_and_seed(
     finished: Sequence[RunRecord], folds: set[str | None]
 ) -> tuple[dict[float, dict[int, list[RunRecord]]], int]:
-    """Records by learning rate and seed, where the seed has every fold; and how many (rate, seed) pairs lack some."""
+    """Records by what dev chooses and seed, where the seed has every fold; and how many such pairs lack some.
+
+    Dev chooses the learning rate; where nothing is trained, the layer.
+    """
     cells: dict[float, dict[int, dict[str | None, RunRecord]]] = defaultdict(lambda: defaultdict(dict))
     for record in finished:
-        first = cells[record.probe.lr][record.probe.seed].setdefault(record.task.fold, record)
+        first = cells[_choice(record)][record.probe.seed].setdefault(record.task.fold, record)
         if first is not record:
             raise CheckError(
                 f"records {first.run_id} and {record.run_id} have the same settings, rate and seed but another run id. "
@@ -167,6 +183,10 @@ def _by_rate_and_seed(
         if whole:
             complete[lr] = whole
     return complete, incomplete
+
+
+def _choice(record: RunRecord) -> float:
+    return float(record.probe.layer or 0) if untrained(record) else record.probe.lr
 
 
 def _dev(record: RunRecord) -> float:
@@ -237,26 +257,32 @@ def _row(members: Sequence[RunRecord]) -> dict[str, Any] | None:
         lr: [statistics.fmean(map(_dev, records)) for records in seeds.values()]
         for lr, seeds in sorted(complete.items())
     }
-    lr = choose_lr(dev, better)
-    chosen = list(complete[lr].values())
+    choice = choose_lr(dev, better)
+    chosen = list(complete[choice].values())
     low, high, method = interval(chosen)
     flat = [record for records in chosen for record in records]
+    trained = not untrained(finished[0])
     tried = sorted({record.probe.lr for record in members})
     peaks = [weights.index(max(weights)) for weights in (record.layer_weights for record in flat) if weights]
     return {
         **_key(finished[0]),
+        **_layer(members, flat[0]),
         "score": statistics.fmean(statistics.fmean(map(_test, records)) for records in chosen),
         "ci95_low": low,
         "ci95_high": high,
         "ci": method,
         "seeds": len(chosen),
-        "lr": lr,
-        "edge": edge_mark(lr, tried),
+        "lr": flat[0].probe.lr,
+        "edge": edge_mark(choice, tried) if trained else "",
         "lr_tried": " ".join(f"{rate:g}" for rate in tried),
-        "dev_score": statistics.fmean(dev[lr]),
+        "dev_score": statistics.fmean(dev[choice]),
+        "dev_slope": dev_slope(flat),
+        "extra": _canonical(_extra(chosen)),
         "folds": len(folds),
         "layer_weights_peak": " ".join(str(peak) for peak in sorted(set(peaks))),
         "params": finished[0].upstream.params,
+        "macs": _known_mean(record.upstream.macs for record in flat),
+        "times_real_time": _known_mean(_speed(record) for record in flat),
         "lookahead_samples": "utterance"
         if finished[0].upstream.lookahead_samples is None
         else str(finished[0].upstream.lookahead_samples),
@@ -269,6 +295,52 @@ def _row(members: Sequence[RunRecord]) -> dict[str, Any] | None:
         "warnings": "; ".join(sorted({text for record in flat for text in record.warnings})),
         "run_ids": " ".join(sorted(record.run_id for record in flat)),
     }
+
+
+def _layer(members: Sequence[RunRecord], chosen: RunRecord) -> dict[str, str]:
+    """What was read of the encoder: "all" layers, or only some of them, and which it was."""
+    if not untrained(chosen):
+        return {"layer_choice": "all" if chosen.probe.layer is None else "one"}
+    layers = {record.probe.layer for record in members}
+    whole = layers >= set(range(chosen.upstream.num_layers))
+    return {
+        "layer": f"{chosen.probe.layer} (of {len(layers)}, by dev)",
+        "layer_choice": "all" if whole else "one",
+    }
+
+
+def dev_slope(records: Sequence[RunRecord]) -> float | None:
+    """How fast the dev metric still moved at the end, per 1000 updates: least squares through the last three evaluations.
+
+    The mean over the records; None when one of them kept no curve. Far from zero in the better direction: trained too short.
+    """
+    slopes = []
+    for record in records:
+        tail = record.selection.curve[-3:] if record.selection else ()
+        if len(tail) < 2:
+            return None
+        slopes.append(1000 * statistics.linear_regression(*zip(*tail, strict=True)).slope)
+    return statistics.fmean(slopes)
+
+
+def _extra(seed_records: Sequence[Sequence[RunRecord]]) -> dict[str, float]:
+    """The mean of every further metric, folds inside seeds first; one that a record lacks is left out."""
+    found = [[record.score.extra for record in records if record.score] for records in seed_records]
+    names = set.intersection(*(set(extra) for extras in found for extra in extras))
+    return {
+        name: round(statistics.fmean(statistics.fmean(extra[name] for extra in extras) for extras in found), 6)
+        for name in names
+    }
+
+
+def _speed(record: RunRecord) -> float | None:
+    cost = record.cost
+    return cost.audio_s / cost.extract_s if cost.audio_s and cost.extract_s else None
+
+
+def _known_mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def leaderboard(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -286,6 +358,22 @@ def leaderboard(records: Iterable[RunRecord]) -> pd.DataFrame:
     if conflicts:
         raise CheckError("\n".join(conflicts))
     return table
+
+
+def dev_by_rate(records: Iterable[RunRecord]) -> list[tuple[dict[str, Any], dict[float, list[float]]]]:
+    """The dev scores behind each row: the row, and by learning rate the mean over folds of each complete seed."""
+    found = []
+    for members in _groups(sorted(records, key=lambda record: record.run_id)):
+        row = None if untrained(members[0]) else _row(members)
+        if row is not None:
+            finished = [record for record in members if record.status == "finished"]
+            complete, _ = _by_rate_and_seed(finished, {record.task.fold for record in members})
+            scores = {
+                lr: [statistics.fmean(map(_dev, cell)) for cell in seeds.values()]
+                for lr, seeds in sorted(complete.items())
+            }
+            found.append((row, scores))
+    return found
 
 
 def aggregate(records: Iterable[RunRecord]) -> tuple[pd.DataFrame, list[str], list[str]]:
@@ -317,7 +405,9 @@ def write_csv(table: pd.DataFrame, path: Path | str) -> None:
     """Write the table; scores with six decimals, so that the same records give the same bytes everywhere."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     rounded = table.copy()
-    for name in ("score", "ci95_low", "ci95_high", "dev_score"):
+    for name in ("score", "ci95_low", "ci95_high", "dev_score", "dev_slope"):
         rounded[name] = [None if value is None or pd.isna(value) else f"{value:.6f}" for value in rounded[name]]
+    for name in ("macs", "times_real_time"):
+        rounded[name] = [None if value is None or pd.isna(value) else f"{value:.6g}" for value in rounded[name]]
     rounded["lr"] = [f"{value:g}" for value in rounded["lr"]]
     rounded.to_csv(path, index=False, lineterminator="\n")

@@ -29,7 +29,11 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
 @dataclass(frozen=True, slots=True)
 class UpstreamPart:
-    """The encoder a record is about: `UpstreamInfo` in JSON, with its size and the options it was built with."""
+    """The encoder a record is about: `UpstreamInfo` in JSON, with its size and the options it was built with.
+
+    Attributes:
+        macs: multiply-accumulates as SUPERB counts them; None where they were not counted.
+    """
 
     name: str
     revision: str
@@ -44,6 +48,7 @@ class UpstreamPart:
     trained_on: tuple[str, ...]
     provided_by: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    macs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +102,19 @@ class ProbePart:
 
 @dataclass(frozen=True, slots=True)
 class SelectionPart:
-    """Where the settings were chosen: `step` is the update whose weights were kept, `value` its metric on `split`."""
+    """Where the settings were chosen.
+
+    Attributes:
+        step: the update whose weights were kept.
+        value: its metric on `split`.
+        curve: (update, metric on `split`) at every evaluation; empty where it was not kept.
+    """
 
     split: Literal["dev", "test"]
     metric: str
     step: int | None
     value: float
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +138,20 @@ class WeightsPart:
 
 @dataclass(frozen=True, slots=True)
 class CostPart:
-    """What the trial cost; None where it was not measured."""
+    """What the trial cost; None where it was not measured.
+
+    Attributes:
+        encoder_passes: audio encoded, as a multiple of one pass over all splits.
+        audio_s: seconds of audio encoded in `extract_s`.
+    """
 
     extract_s: float | None = None
     fit_s: float | None = None
     peak_memory_bytes: int | None = None
     store_bytes: int | None = None
     peak_device_memory_bytes: int | None = None
+    encoder_passes: float | None = None
+    audio_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +182,7 @@ class RunRecord:
         items: file of per-item outcomes beside the record.
         error: what went wrong; None when finished.
         warnings: what a reader must know (unknown speakers, halved utterances, random weights).
+        imported_from: the tool and folder a foreign result came from; None for our own.
     """
 
     run_id: str
@@ -182,6 +202,7 @@ class RunRecord:
     schema: str = SCHEMA
     error: str | None = None
     warnings: tuple[str, ...] = ()
+    imported_from: str | None = None
 
     def __post_init__(self) -> None:
         """Check the rules a type cannot say.

@@ -30,6 +30,10 @@ COMMANDS = (
     "convert",
     "leaderboard",
     "plot",
+    "compare",
+    "verify",
+    "store",
+    "bench",
     "doctor",
 )
 Printed = Callable[[], tuple[str, str]]
@@ -134,7 +138,22 @@ BAD = [
     (["run", "--upstream", "fbank", "--task", "asr", "--data", "librispeech=empty"], "librispeech"),
     (["run", "--upstream", "fbank", "--task", "asr", "--data", "mini=empty"], "empty"),
     (["run", "--upstream", "mamba_hubert", "--task", "synthetic_sid", "--upstream-option", "causl=true"], "causl"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--layer", "most"], "an integer or all"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--feature-dtype", "int4"], "Did you mean int8"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--states", "cloud"], "states"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--states", "disk"], "no --store DIR"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--store", "s", "--store-limit", "much"], "not a size"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--store-limit", "5GB"], "--store DIR too"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--store", "s", "--store-clean"], "--store-limit SIZE"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--time-limit", "soon"], "not a time"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--crops", "-1"], "--crops -1"),
+    (["run", "--upstream", "fbank", "--tier", "quick", "--task", "asr"], "--tier quick has the tasks pr sid er ic"),
+    (["run", "--upstream", "fbank", "--tier", "quick", "--limit", "5"], "leave --budget and --limit out"),
     (["run", "--config", "none.yaml"], "none.yaml"),
+    (["store", "list"], "which folder"),
+    (["store", "list", "none"], "no folder none"),
+    (["store", "clean", "empty"], "--keep SIZE"),
+    (["store", "clean", "empty", "--keep", "all"], "not a size"),
     (["run", "--config", "text.pt"], "text.pt"),
     (["prepare", "csv", "empty"], "--out missing"),
     (["prepare", "csv", "empty", "--out", "manifests"], "manifest.csv"),
@@ -198,6 +217,14 @@ EVERY_FLAG = {
     "overwrite": (["failed"], "failed"),
     "dry_run": ([], True),
     "steps": (["70"], 70),
+    "feature_dtype": (["int8"], "int8"),
+    "crops": (["4"], 4),
+    "stop_hopeless": ([], True),
+    "store_limit": (["500GB"], "500GB"),
+    "store_clean": ([], True),
+    "states": (["disk"], "disk"),
+    "tier": (["quick"], "quick"),
+    "time_limit": (["8h"], "8h"),
 }
 
 
@@ -279,7 +306,8 @@ def test_a_run_prints_a_table_and_writes_records(printed: Printed, tmp_path: Pat
     assert {record.probe.lr for record in records} == {1e-1, 1e-2}
     assert "synthetic_sid" in out
     assert "[95 % interval]" in out
-    assert "WARNING: mamba_hubert_causal has RANDOM weights (random:3)" in out
+    assert "mamba_hubert_causal (RANDOM weights)" in out
+    assert (out + err).count("random weights") == 1  # said once, before the work
     assert any(str(Path("results/runs/synthetic_sid/mamba_hubert_causal") / record.run_id) in out for record in records)
     assert "WARNING" in err
 

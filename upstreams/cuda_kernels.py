@@ -8,14 +8,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
 from superb_probe.errors import CheckError
 
 SOURCES = Path(__file__).parent
+Value: TypeAlias = "ctypes.Structure | ctypes._SimpleCData[Any]"  # an argument of a kernel
 
 
 class KernelError(CheckError):
@@ -108,7 +110,7 @@ def launch(
     device: torch.device,
     grid: tuple[int, int, int],
     threads: int,
-    arguments: list[ctypes.Structure | ctypes._SimpleCData],  # type: ignore[type-arg]
+    arguments: Sequence[Value],
 ) -> None:
     """Start a kernel on the current stream of a device.
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from superb_probe.upstreams.cuda_kernels import launch
+from superb_probe.upstreams.cuda_kernels import Value, launch
 
 SOURCE = "front_end.cu"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WALK_FRAMES = 64  # of a block of `waveform_conv_gelu`, as its source says
+NORM_BLOCK_FRAMES = 64  # of a block of `waveform_conv_norm_gelu`
 DEPTHWISE_FRAMES = 32  # of a thread of `depthwise_conv_silu`
+
+
+def _address(x: Tensor | None) -> Value:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def waveform_conv_gelu(wavs: Tensor, weight: Tensor, shift: Tensor, stride: int, dtype: torch.dtype) -> Tensor:
@@ -33,10 +38,40 @@ def waveform_conv_gelu(wavs: Tensor, weight: Tensor, shift: Tensor, stride: int,
     wavs, weight, shift = wavs.contiguous(), weight.contiguous(), shift.contiguous()
     y = torch.empty(batch, frames, channels, dtype=dtype, device=wavs.device)
     macros = {"KIND": KINDS[dtype], "KERNEL": kernel, "STRIDE": stride, "CHANNELS": channels}
-    arguments = [ctypes.c_void_p(x.data_ptr()) for x in (wavs, weight, shift, y)]
-    sizes = [ctypes.c_longlong(wavs.stride(0)), ctypes.c_int(frames)]
+    arguments: list[Value] = [
+        *map(_address, (wavs, weight, shift, y)),
+        ctypes.c_longlong(wavs.stride(0)),
+        ctypes.c_int(frames),
+    ]
     grid = (-(-frames // WALK_FRAMES), -(-channels // 256), batch)
-    launch(SOURCE, "waveform_conv_gelu", macros, wavs.device, grid, 256, [*arguments, *sizes])
+    launch(SOURCE, "waveform_conv_gelu", macros, wavs.device, grid, 256, arguments)
+    return y
+
+
+def waveform_conv_norm_gelu(wavs: Tensor, conv: nn.Conv1d, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    """GELU(LayerNorm(conv(wavs))), the norm over the channels of each frame.
+
+    Args:
+        wavs: (B, S) float32.
+        conv: of one input channel, to a multiple of 32 channels.
+        norm: of the channels.
+        dtype: of the result.
+
+    Returns:
+        (B, T, C).
+    """
+    channels, _, kernel = conv.weight.shape
+    stride = conv.stride[0]
+    frames = (wavs.shape[1] - kernel) // stride + 1
+    wavs = wavs.contiguous()
+    bias = wavs.new_zeros(channels) if conv.bias is None else conv.bias
+    parts = [x.float().contiguous() for x in (conv.weight, bias, norm.weight, norm.bias)]
+    y = torch.empty(wavs.shape[0], frames, channels, dtype=dtype, device=wavs.device)
+    macros = {"KIND": KINDS[dtype], "KERNEL": kernel, "STRIDE": stride, "CHANNELS": channels}
+    arguments: list[Value] = [*map(_address, (wavs, *parts, y)), ctypes.c_longlong(wavs.stride(0))]
+    arguments += [ctypes.c_int(frames), ctypes.c_float(norm.eps)]
+    grid = (-(-frames // NORM_BLOCK_FRAMES), wavs.shape[0], 1)
+    launch(SOURCE, "waveform_conv_norm_gelu", macros, wavs.device, grid, 128, arguments)
     return y
 
 
@@ -62,8 +97,13 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | 
         "HAS_TAIL": int(tail is not None),
         "FRAMES": DEPTHWISE_FRAMES,
     }
-    arguments = [ctypes.c_void_p(None if each is None else each.data_ptr()) for each in (x, weight, bias, tail, y)]
-    sizes = [ctypes.c_longlong(x.stride(0)), ctypes.c_longlong(x.stride(1)), ctypes.c_int(frames), ctypes.c_int(width)]
+    arguments: list[Value] = [*map(_address, (x, weight, bias, tail, y))]
+    arguments += [
+        ctypes.c_longlong(x.stride(0)),
+        ctypes.c_longlong(x.stride(1)),
+        ctypes.c_int(frames),
+        ctypes.c_int(width),
+    ]
     grid = (-(-width // 128), -(-frames // DEPTHWISE_FRAMES), batch)
-    launch(SOURCE, "depthwise_conv_silu", macros, x.device, grid, 128, [*arguments, *sizes])
+    launch(SOURCE, "depthwise_conv_silu", macros, x.device, grid, 128, arguments)
     return y

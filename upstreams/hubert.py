@@ -60,11 +60,19 @@ class ConvLayer(nn.Module):
         conv = cast(nn.Conv1d, self.get_submodule("0"))
         if self.norm == "group":
             return normalized_waveform_conv(x[..., 0], conv, cast(nn.GroupNorm, self.get_submodule("2")), num_frames)
+        if self.norm == "layer" and self._fused(x, conv):
+            norm = cast(nn.LayerNorm, self.get_submodule("2.1"))
+            return fused_cuda.waveform_conv_norm_gelu(x[..., 0], conv, norm, conv.weight.dtype)
         y = strided_conv(x, conv.weight.to(x.dtype), None if conv.bias is None else conv.bias.to(x.dtype), self.stride)
         if self.norm == "layer":
             norm = cast(nn.LayerNorm, self.get_submodule("2.1"))
             y = F.layer_norm(y, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
         return F.gelu(y).to(conv.weight.dtype)
+
+    def _fused(self, x: Tensor, conv: nn.Conv1d) -> bool:
+        """Whether the GPU's kernel for a waveform and a norm over channels can run."""
+        known = x.shape[2] == 1 and x.dtype == torch.float32 and conv.weight.dtype in fused_cuda.KINDS
+        return x.is_cuda and known and conv.out_channels % 32 == 0 and not torch.is_grad_enabled()
 
 
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:

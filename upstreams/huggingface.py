@@ -1,4 +1,4 @@
-"""Any wav2vec 2.0-like encoder of transformers (HuBERT, WavLM, data2vec ...): `hf:org/name@revision` or `hf:./FOLDER`.
+"""Any speech encoder of transformers (HuBERT, WavLM, data2vec, Whisper ...): `hf:org/name@revision` or `hf:./FOLDER`.
 
 The states are transformers' `hidden_states`: the input of the first layer and the output of each. They equal those of each
 utterance alone: utterances are run together only where padding cannot change them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from superb_probe.errors import CheckError, RequestError
 from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo, frame_mask
+from superb_probe.upstreams.huggingface_features import HOP_OF_FRAMES, BertEncoder, WhisperEncoder
 from superb_probe.upstreams.torchaudio_stub import install_torchaudio_stub
 
 NORM_EPS = (
@@ -26,6 +28,13 @@ NORM_EPS = (
 # Families whose front end normalises per frame and whose encoder zeroes padding before its only look across frames without a mask.
 # data2vec stacks five positional convolutions, so that padding leaks from the second on: it is run by equal lengths.
 MASKED_FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
+# Families whose original code says whether waveforms are normalised: fairseq's and Microsoft's Base models (group norm in the front
+# end) were trained on waveforms as they are, Large and XLS-R (layer norm) on normalised ones, and data2vec-audio always on those.
+# Many a preprocessor_config.json on the hub says do_normalize for a Base model too.
+RECIPE_FAMILIES = (*MASKED_FAMILIES, "wav2vec2-conformer")
+RECIPE_NORMS = {"group": "none", "layer": "utterance"}
+FEATURE_FAMILIES = ("whisper", "wav2vec2-bert")  # of log-mel features: their waveforms are left as they are
+CONV_SETTINGS = ("conv_kernel", "conv_stride", "hidden_size", "num_hidden_layers")
 UNUSED_WEIGHTS = ("masked_spec_embed",)  # of pre-training only; many checkpoints lack it
 SEE_CARD = "see the model card"
 
@@ -35,12 +44,16 @@ class TransformersEncoder(Upstream):
 
     casts_inputs = True
 
-    def __init__(self, model: nn.Module, info: UpstreamInfo) -> None:
-        """`model` returns hidden_states and has a convolutional front end described by config.conv_kernel and conv_stride."""
+    def __init__(self, model: nn.Module, info: UpstreamInfo, notes: tuple[str, ...] = ()) -> None:
+        """`model` returns hidden_states and has a convolutional front end described by config.conv_kernel and conv_stride.
+
+        `notes` are what a reader of its scores must know.
+        """
         super().__init__()
         config: Any = model.config
         self.model = model
         self.info = info
+        self.notes = notes
         self.conv: tuple[tuple[int, int], ...] = tuple(zip(config.conv_kernel, config.conv_stride, strict=True))
         self.masked = getattr(config, "feat_extract_norm", "") == "layer" and config.model_type in MASKED_FAMILIES
         self.requires_grad_(False).eval()
@@ -98,13 +111,14 @@ def _normalize(wavs: Tensor, num_samples: Tensor) -> Tensor:
     return centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count + NORM_EPS)
 
 
-def build(name: str, *, random: int | None = None, waveform_norm: str | None = None) -> TransformersEncoder:
+def build(name: str, *, random: int | None = None, waveform_norm: str | None = None) -> Upstream:
     """An encoder from the Hugging Face hub or from a folder that `save_pretrained` wrote: what `hf:NAME` builds.
 
     Args:
         name: "org/name", "org/name@revision" or a folder.
         random: seed of random weights; only the configuration is read then.
-        waveform_norm: "none" or "utterance", for a folder without a preprocessor_config.json; else what its `do_normalize` says.
+        waveform_norm: "none" or "utterance", instead of what the family's original recipe (or for unknown families the
+            preprocessor's `do_normalize`) says.
 
     Raises:
         RequestError: if the hub cannot be reached, the model is of another kind, or tensors are missing.
@@ -117,14 +131,47 @@ def build(name: str, *, random: int | None = None, waveform_norm: str | None = N
     source, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
     where: dict[str, Any] = {"revision": revision} if revision else {}
     config = _reached(name, lambda: transformers.AutoConfig.from_pretrained(source, **where))
-    absent = [
-        key for key in ("conv_kernel", "conv_stride", "hidden_size", "num_hidden_layers") if not hasattr(config, key)
-    ]
-    if absent:
+    of_features = config.model_type in FEATURE_FAMILIES
+    absent = [key for key in CONV_SETTINGS if not hasattr(config, key)]
+    if absent and not of_features:
         raise RequestError(
             f"hf:{name}: a {config.model_type} model, which has no {', '.join(absent)}: not a wav2vec 2.0-like encoder of waveforms. "
             "Fix: write an upstream of a few lines around it (docs/add-an-upstream.md)."
         )
+    if of_features and waveform_norm is not None:
+        raise RequestError(
+            f"hf:{name}: a {config.model_type} model takes waveforms as they are. Fix: leave waveform_norm out."
+        )
+    norm, note = ("none", "") if of_features else _waveform_norm(name, source, where, config, waveform_norm)
+    model, weights = _model(name, source, config, where, random)
+    card = _model_card(source, where)
+    info = UpstreamInfo(
+        name=f"hf:{name}",
+        revision=weights,
+        num_layers=config.num_hidden_layers + 1,
+        dim=config.hidden_size,
+        sample_rate_hz=16000,
+        hop_samples=HOP_OF_FRAMES if of_features else math.prod(config.conv_stride),
+        waveform_norm=norm,
+        lookahead_samples=None,
+        layer_convention="block_output",
+        trained_on=() if random is not None else tuple(_as_list(card.get("datasets"))),
+        license=str(card.get("license", SEE_CARD)),
+        citation=SEE_CARD,
+    )
+    if config.model_type == "whisper":
+        extractor: Any = transformers.WhisperFeatureExtractor
+        filters = extractor(feature_size=config.num_mel_bins).mel_filters
+        return WhisperEncoder(model.get_encoder(), info, torch.as_tensor(filters))
+    if config.model_type == "wav2vec2-bert":
+        return BertEncoder(model, info)
+    return TransformersEncoder(model, info, notes=(note,) if note else ())
+
+
+def _model(name: str, source: str, config: Any, where: dict[str, Any], random: int | None) -> tuple[Any, str]:
+    """The model and the identity of its weights."""
+    import transformers
+
     if random is None:
         model, loading = _reached(
             name,
@@ -133,32 +180,11 @@ def build(name: str, *, random: int | None = None, waveform_norm: str | None = N
             ),
         )
         _refuse_missing(name, loading)
-        weights = _weights_identity(name, source, config, where)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random)
-            auto: Any = transformers.AutoModel
-            model = auto.from_config(config, dtype=torch.float32)
-        weights = f"random:{random}"
-    card = _model_card(source, where)
-    hop_samples = 1
-    for stride in config.conv_stride:
-        hop_samples *= stride
-    info = UpstreamInfo(
-        name=f"hf:{name}",
-        revision=weights,
-        num_layers=config.num_hidden_layers + 1,
-        dim=config.hidden_size,
-        sample_rate_hz=16000,
-        hop_samples=hop_samples,
-        waveform_norm=waveform_norm or _waveform_norm(name, source, where),
-        lookahead_samples=None,
-        layer_convention="block_output",
-        trained_on=() if random is not None else tuple(_as_list(card.get("datasets"))),
-        license=str(card.get("license", SEE_CARD)),
-        citation=SEE_CARD,
-    )
-    return TransformersEncoder(model, info)
+        return model, _weights_identity(name, source, config, where)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random)
+        auto: Any = transformers.AutoModel
+        return auto.from_config(config, dtype=torch.float32), f"random:{random}"
 
 
 def _reached(name: str, load: Any) -> Any:
@@ -197,15 +223,30 @@ def _cached(source: str, file: str, where: dict[str, Any]) -> Path | None:
     return Path(found) if found else None
 
 
-def _waveform_norm(name: str, source: str, where: dict[str, Any]) -> str:
+def _waveform_norm(name: str, source: str, where: dict[str, Any], config: Any, asked: str | None) -> tuple[str, str]:
+    """How waveforms are normalised, and what to say about it."""
     path = _cached(source, "preprocessor_config.json", where)
     settings = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    if "do_normalize" not in settings:
+    flag = {True: "utterance", False: "none"}.get(settings.get("do_normalize", ""), "")
+    kind = getattr(config, "feat_extract_norm", "")
+    recipe = RECIPE_NORMS.get(kind, "") if config.model_type in RECIPE_FAMILIES else ""
+    if config.model_type == "data2vec-audio":
+        recipe = "utterance"
+    chosen = asked or recipe or flag
+    if not chosen:
         raise RequestError(
-            f"hf:{name}: no preprocessor_config.json with do_normalize, so nothing says whether waveforms are normalised. "
-            "Fix: add that file, or pass waveform_norm, none or utterance."
+            f"hf:{name}: a {config.model_type} model, whose recipe is not known here, without a preprocessor_config.json with "
+            "do_normalize: nothing says whether waveforms are normalised. Fix: --upstream-option waveform_norm=none or =utterance."
         )
-    return "utterance" if settings["do_normalize"] else "none"
+    others = []
+    if recipe and recipe != chosen:
+        others.append(f"the original recipe of its family says {recipe}")
+    if flag and flag != chosen:
+        others.append(f"its preprocessor_config.json says {flag}")
+    if not others:
+        return chosen, ""
+    by = "as asked" if asked else f"by the original recipe of {config.model_type}{f' with {kind} norm' if kind else ''}"
+    return chosen, f"hf:{name}: waveform normalisation {chosen}, {by}; {'; '.join(others)} (option waveform_norm)"
 
 
 def _weights_identity(name: str, source: str, config: Any, where: dict[str, Any]) -> str:

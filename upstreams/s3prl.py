@@ -1,4 +1,4 @@
-"""Any upstream of s3prl: `s3prl:NAME`, where the `s3prl` extra is installed.
+"""Any upstream of s3prl: `s3prl:NAME`, where the `s3prl` extra is installed, and folders written for it: `s3prl:./FOLDER`.
 
 s3prl's expert is called on one utterance at a time, so that states do not depend on the batch. The frames are the expert's own:
 neither cut to round(S / hop), as s3prl's downstream code does, nor filled up to ceil(S / hop) by repeating the last one, as its
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from superb_probe.errors import CheckError, RequestError, nearest
 from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo, frame_mask
 from superb_probe.upstreams.lookahead import measure_lookahead
+from superb_probe.upstreams.s3prl_folder import is_folder, load_expert, needs_s3prl
 from superb_probe.upstreams.torchaudio_stub import install_s3prl_stand_ins
 
 SAMPLE_RATE_HZ = 16000
@@ -148,7 +149,9 @@ def _identity(expert: nn.Module, checkpoint: str | None) -> str:
         return f"sha256:{digest.hexdigest()}"
     tensors = expert.state_dict()
     if not tensors:
-        return f"analytic:s3prl-{importlib.metadata.version('s3prl')}"
+        return (
+            f"analytic:s3prl-{importlib.metadata.version('s3prl')}" if importlib.util.find_spec("s3prl") else "analytic"
+        )
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -159,13 +162,42 @@ def build(name: str, checkpoint: str | None = None, *, random: int | None = None
     """An upstream of s3prl: what `s3prl:NAME` builds.
 
     Args:
-        name: as s3prl lists it, e.g. "fbank", "hubert", "hubert_local".
-        checkpoint: for the names that end in _local, _url or _custom.
+        name: as s3prl lists it, e.g. "fbank", "hubert", "hubert_local"; or a folder with an expert.py and a hubconf.py, which needs
+            s3prl only if its code does ("./folder", or "./folder:function").
+        checkpoint: for the names that end in _local, _url or _custom; a folder's function gets it as `ckpt`.
         random: seed of random weights, made by s3prl's own rule; the model is still built from its checkpoint.
 
     Raises:
         RequestError: if s3prl is not installed, does not know the name, or cannot get the checkpoint.
     """
+    if is_folder(name):
+        if random is not None:
+            raise RequestError(
+                f"s3prl:{name}: no random weights for a folder. Fix: leave --random out, or draw them in its code."
+            )
+        if needs_s3prl(name):
+            _import_s3prl(name)
+        expert, code = load_expert(name, checkpoint)
+        return S3PRLEncoder(expert, f"s3prl:{name}", _with_code(_identity(expert, checkpoint), code))
+    upstream_class = _import_s3prl(name)
+    known = upstream_class.available_names()
+    if name not in known:
+        close = nearest(name, known)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise RequestError(f"s3prl:{name}: s3prl has no upstream of that name.{hint} Its documentation lists them all.")
+    try:
+        model = _construct(upstream_class, name, checkpoint, random)
+    except (OSError, TypeError, ValueError, AssertionError, KeyError) as error:
+        raise RequestError(
+            f"s3prl:{name}: s3prl cannot build it: {type(error).__name__}: {error}. "
+            "Fix: without a network give its checkpoint, e.g. s3prl:hubert_local with --checkpoint FILE."
+        ) from error
+    revision = _identity(model.upstream, checkpoint) if random is None else f"random:{random}"
+    return S3PRLEncoder(model.upstream, f"s3prl:{name}", revision)
+
+
+def _import_s3prl(name: str) -> Any:
+    """s3prl's class of upstreams, its imports mended where this torchaudio lacks what it asks for."""
     if importlib.util.find_spec("s3prl") is None:
         raise RequestError(f"s3prl:{name}: s3prl is not installed. Fix: pip install 'superb-probe[s3prl]'.")
     try:
@@ -176,20 +208,16 @@ def build(name: str, checkpoint: str | None = None, *, random: int | None = None
             f"s3prl:{name}: s3prl cannot be imported: {type(error).__name__}: {error}. "
             "Fix: `superb-probe doctor` says which versions work together."
         ) from error
-    known = S3PRLUpstream.available_names()
-    if name not in known:
-        close = nearest(name, known)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise RequestError(f"s3prl:{name}: s3prl has no upstream of that name.{hint} Its documentation lists them all.")
-    try:
-        model = _construct(S3PRLUpstream, name, checkpoint, random)
-    except (OSError, TypeError, ValueError, AssertionError, KeyError) as error:
-        raise RequestError(
-            f"s3prl:{name}: s3prl cannot build it: {type(error).__name__}: {error}. "
-            "Fix: without a network give its checkpoint, e.g. s3prl:hubert_local with --checkpoint FILE."
-        ) from error
-    revision = _identity(model.upstream, checkpoint) if random is None else f"random:{random}"
-    return S3PRLEncoder(model.upstream, f"s3prl:{name}", revision)
+    return S3PRLUpstream
+
+
+def _with_code(identity: str, code: str) -> str:
+    """The identity of weights together with that of the code around them.
+
+    >>> _with_code("sha256:ab", "cd")[:7]
+    'sha256:'
+    """
+    return "sha256:" + hashlib.sha256(f"{identity} {code}".encode()).hexdigest()
 
 
 def _construct(cls: Any, name: str, checkpoint: str | None, random: int | None) -> Any:

@@ -28,6 +28,9 @@ _HOMES = {
     "Trial": "superb_probe.probes.plan",
     "run": "superb_probe.engine",
     "RunRecord": "superb_probe.results.record",
+    "load_records": "superb_probe.results.frame",
+    "load_probe": "superb_probe.verification",
+    "verify": "superb_probe.verification",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 

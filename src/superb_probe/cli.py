@@ -11,16 +11,27 @@ from typing import Any, NoReturn
 
 from superb_probe import (
     __version__,
+    commands_bench,
     commands_check,
     commands_data,
     commands_names,
     commands_results,
     commands_run,
+    commands_store,
     doctor,
 )
 from superb_probe.errors import RequestError, SuperbProbeError, nearest
 
-_COMMAND_MODULES = (commands_run, commands_names, commands_check, commands_data, commands_results, doctor)
+_COMMAND_MODULES = (
+    commands_run,
+    commands_names,
+    commands_check,
+    commands_data,
+    commands_results,
+    commands_store,
+    commands_bench,
+    doctor,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, but say first which flags do not exist: the misspelt one matters more than the one it leaves missing."""
         known = self._option_string_actions
-        if args is not None and "--version" not in known:
+        if args is not None and self._subparsers is None:  # else the words belong to a command
             for token in args:
                 if token == "--":
                     break

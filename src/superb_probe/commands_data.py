@@ -21,26 +21,7 @@ _FORMATS = {".safetensors": "superb-probe", ".pt": "s3prl", "": "transformers"}
 
 def add_commands(subparsers: Any) -> None:
     """Add `prepare`, `extract` and `convert`."""
-    prepare = subparsers.add_parser(
-        "prepare",
-        help="manifests from a corpus folder",
-        description="Write train.tsv, dev.tsv, test.tsv (and trials.tsv) from a folder with a manifest.csv (and trials.txt).\n"
-        "Every problem of the folder is reported at once, and nothing is written then.",
-        epilog="examples:\n  superb-probe prepare csv /corpora/mine --out manifests\n"
-        "  superb-probe prepare csv /corpora/coffee --out manifests --slot coffeeDrink size",
-    )
-    prepare.add_argument("what", choices=("csv",))
-    prepare.add_argument("folder", type=Path, metavar="DIR")
-    prepare.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the manifests, outside the corpus (needed)"
-    )
-    prepare.add_argument(
-        "--slot", nargs="+", default=(), metavar="COLUMN", help="columns that become slots of an intent"
-    )
-    prepare.add_argument("--exclude", nargs="+", default=(), metavar="ID", help="utterances to leave out")
-    prepare.add_argument("--json", action="store_true", help="one JSON document on stdout: the files written")
-    prepare.set_defaults(handler=prepare_manifests)
-
+    _add_prepare(subparsers)
     extract = subparsers.add_parser(
         "extract",
         help="layer states of audio files",
@@ -69,6 +50,34 @@ def add_commands(subparsers: Any) -> None:
     convert.set_defaults(handler=convert_checkpoint)
 
 
+def _add_prepare(subparsers: Any) -> None:
+    prepare = subparsers.add_parser(
+        "prepare",
+        help="manifests from a corpus folder",
+        description="Write the manifests of a corpus from its published tree (librispeech, ...), or of any folder with a\n"
+        "manifest.csv (csv). Every problem of the folder is reported at once, and nothing is written then.",
+        epilog="examples:\n  superb-probe prepare csv /corpora/mine --out manifests\n"
+        "  superb-probe prepare csv /corpora/coffee --out manifests --slot coffeeDrink size\n"
+        "  superb-probe prepare librispeech /corpora/LibriSpeech --task asr --out manifests\n"
+        "  superb-probe prepare voxceleb1 /corpora/vox1 --extra split=iden_split.txt trials=voxceleb1_test_v2.txt --out manifests",
+    )
+    prepare.add_argument("what", metavar="CORPUS", help="csv, or the name of a corpus (an unknown one lists all)")
+    prepare.add_argument("folder", type=Path, metavar="DIR")
+    prepare.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the manifests, outside the corpus (needed)"
+    )
+    prepare.add_argument("--exclude", nargs="+", default=(), metavar="ID", help="utterances to leave out")
+    prepare.add_argument("--slot", nargs="+", default=(), metavar="COLUMN", help="csv: columns that become slots")
+    prepare.add_argument("--task", nargs="+", default=(), metavar="TASK", help="a corpus: only for these tasks")
+    prepare.add_argument(
+        "--extra", nargs="+", default=(), metavar="NAME=PATH", help="a corpus: its lexicon=, trials=, split= or test="
+    )
+    prepare.add_argument("--partial", action="store_true", help="a corpus: accept fewer utterances than published")
+    prepare.add_argument("--read-audio", action="store_true", help="a corpus: decode every file, not only its header")
+    prepare.add_argument("--json", action="store_true", help="one JSON document on stdout: the files written")
+    prepare.set_defaults(handler=prepare_manifests)
+
+
 def _need(args: argparse.Namespace, command: str, *names: str) -> None:
     missing = [f"--{name}" for name in names if getattr(args, name) is None]
     if missing:
@@ -79,13 +88,23 @@ def _need(args: argparse.Namespace, command: str, *names: str) -> None:
 
 def prepare_manifests(args: argparse.Namespace) -> int:
     """Write the manifests and print how to use them."""
+    if args.what != "csv":
+        from superb_probe.downstreams.corpora import find_corpus
+
+        find_corpus(args.what)
     _need(args, "prepare", "out")
+    only_csv, only_corpus = ("slot",), ("task", "extra", "partial", "read_audio")
+    wrong = [name for name in (only_corpus if args.what == "csv" else only_csv) if getattr(args, name)]
+    if wrong:
+        flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
+        raise RequestError(
+            f"superb-probe prepare {args.what}: {flags} is not for it. `superb-probe prepare --help` says what is."
+        )
+    if args.what != "csv":
+        return _prepare_corpus(args)
     from superb_probe.downstreams.prepare import prepare_csv
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    written = prepare_csv(args.folder, args.out, slot=args.slot, exclude=args.exclude, say=say)
+    written = prepare_csv(args.folder, args.out, slot=args.slot, exclude=args.exclude, say=_say)
     if args.json:
         print_json({name: str(path) for name, path in written.items()})
     else:
@@ -94,6 +113,34 @@ def prepare_manifests(args: argparse.Namespace) -> int:
         splits = " ".join(f"{name}={path}" for name, path in written.items())
         print(f"use them: superb-probe run ... --root {args.folder} --manifest {splits}")
     return 0
+
+
+def _prepare_corpus(args: argparse.Namespace) -> int:
+    from superb_probe.downstreams.prepare_corpus import prepare_corpus
+    from superb_probe.settings import pairs
+
+    prepared = prepare_corpus(
+        args.what,
+        args.folder,
+        args.out,
+        tasks=args.task,
+        extras={name: Path(path) for name, path in pairs(args.extra, "--extra").items()},
+        exclude=args.exclude,
+        partial=args.partial,
+        read_audio=args.read_audio,
+        say=_say,
+    )
+    if args.json:
+        documents = {each.task: {name: str(path) for name, path in each.files.items()} for each in prepared}
+        print_json(documents)
+    else:
+        for each in prepared:
+            print(f"use them: superb-probe run --upstream NAME {each.arguments}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def extract_states(args: argparse.Namespace) -> int:

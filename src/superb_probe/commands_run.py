@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from superb_probe.commands_output import print_json, stdout_to_stderr, table
 from superb_probe.errors import RequestError
-from superb_probe.settings import RUN_FLAGS, Flag, load_settings, named_roots, pairs, read_sweep, resolve
+from superb_probe.settings import RUN_FLAGS, Flag, layer_value, load_settings, named_roots, pairs, read_sweep, resolve
 
 if TYPE_CHECKING:
     from superb_probe.results.record import RunRecord
@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   superb-probe run --upstream mamba_hubert_causal --task asv
   superb-probe run --upstream transformer_hubert fbank --task asr ic --lr 1e-2 1e-3 --seed 1 2 3 --dry-run
   superb-probe run --upstream fbank --task asr --manifest train=a.tsv dev=b.tsv test=c.tsv
+  superb-probe run --upstream fbank mamba_hubert --tier quick --time-limit 8h
   superb-probe run --config sweep.yaml --out results/runs --json"""
 
 
@@ -40,7 +41,7 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     if flag.kind == "boolean":
         parser.add_argument(flag.option, action="store_true", default=None, help=flag.help)
         return
-    kinds: dict[str, Any] = {"integer": int, "number": float, "path": Path}
+    kinds: dict[str, Any] = {"integer": int, "number": float, "path": Path, "layer": _layer}
     parser.add_argument(
         flag.option,
         type=kinds.get(flag.kind, str),
@@ -49,6 +50,13 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
         metavar=flag.metavar or (None if flag.choices else flag.name.upper()),
         help=flag.help,
     )
+
+
+def _layer(text: str) -> int | str:
+    try:
+        return layer_value(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run_trials(args: argparse.Namespace) -> int:
@@ -93,7 +101,8 @@ def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
         flags["upstream_option"] = option_values(flags["upstream_option"])
     sweep = read_sweep(Path(args.config)) if args.config else {}
     arguments = resolve(flags, sweep, settings)
-    missing = [f"--{name}" for name in ("upstream", "task") if not arguments.get(name)]
+    needed = ("upstream",) if arguments.get("tier") else ("upstream", "task")
+    missing = [f"--{name}" for name in needed if not arguments.get(name)]
     if missing:
         raise RequestError(
             f"superb-probe run: {' and '.join(missing)} missing. `superb-probe list upstreams` and `list tasks` show names."
@@ -149,11 +158,6 @@ def report(records: Sequence[RunRecord], out: Path) -> list[str]:
             )
         )
     lines = [table(header, rows)] if rows else []
-    revisions = {r.upstream.name: r.upstream.revision for r in records if r.random_weights}
-    lines += [
-        f"WARNING: {name} has RANDOM weights ({revision}): its scores say nothing about a trained model."
-        for name, revision in sorted(revisions.items())
-    ]
     said = {text for record in records for text in record.warnings if "random weights" not in text}
     lines += [f"WARNING: {text}" for text in sorted(said)]
     lines += [

@@ -29,6 +29,7 @@ class Stage:
         """`total` is in `unit`."""
         self.name, self.total, self.unit = name, total, unit
         self.done = 0.0
+        self.note = ""  # said at the end, e.g. which part took longest
         self._bar: Any = None
         self._started = self._said = time.monotonic()
 
@@ -55,7 +56,8 @@ class Stage:
         if self._bar is not None:
             self._bar.close()
         if kind is None and self.done:
-            say(f"{self.name}: {self.done:.0f} {self.unit} in {time.monotonic() - self._started:.1f} s")
+            note = f", {self.note}" if self.note else ""
+            say(f"{self.name}: {self.done:.0f} {self.unit} in {time.monotonic() - self._started:.1f} s{note}")
 
     def advance(self, amount: float) -> None:
         """More of the stage is done."""

@@ -48,12 +48,23 @@ _MEMORY_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the trials of one fit cost, each its share of the training."""
+    """What the trials of one fit cost, each its share of the training.
+
+    Attributes:
+        extract_s: seconds of extraction, for all trials of the task.
+        fit_s: seconds of training of one trial.
+        store_bytes: what the states take.
+        started_at: when the trials began.
+        encoder_passes: how often an utterance went through the encoder, on average over the task's utterances.
+        audio_s: seconds of audio that were encoded.
+    """
 
     extract_s: float
     fit_s: float
     store_bytes: int
     started_at: str
+    encoder_passes: float | None = None
+    audio_s: float | None = None
 
 
 def now() -> str:
@@ -86,7 +97,13 @@ def finished_record(
         status="finished",
         params=result.trainable_params,
         num_items={"test": _num_items(result.score)},
-        selection=SelectionPart(settings.select_on, task.info.metric, result.step, result.selected),  # type: ignore[arg-type]
+        selection=SelectionPart(
+            settings.select_on,  # type: ignore[arg-type]
+            settings.select_metric or task.info.metric,
+            result.step,
+            result.selected,
+            result.curve,
+        ),
         score=ScorePart("test", float(result.score.value), low_high, method, dict(result.score.extra)),
         layer_weights=result.layer_weights,
         probe_weights=_save_weights(record_path(out, trial.task, trial.upstream, trial.run_id), result),
@@ -143,64 +160,77 @@ def _record(
     num_items: Mapping[str, int] | None = None,
     **results: Any,
 ) -> RunRecord:
-    question = job.question
-    info = question.task.info
-    data = {split: manifest.digest for split, manifest in each.fold.manifests.items()}
-    data |= {f"trials.{split}": trials.digest for split, trials in each.fold.trials.items()}
-    data["all"] = trial.data_digest  # the audio's bytes included
-    counts = {split: len(manifest) for split, manifest in each.fold.manifests.items()}
-    counts |= {split: len(trials) for split, trials in each.fold.trials.items()}
-    options = dict(trial.head_options)
-    accumulate, control = options.pop("accumulate", 1), options.pop("control", None)
     parts: dict[str, Any] = {"selection": None, "score": None, "layer_weights": None, "probe_weights": None, **results}
     return RunRecord(
         run_id=trial.run_id,
         status=status,  # type: ignore[arg-type]
         upstream=_upstream_part(job),
-        task=TaskPart(
-            name=trial.task,
-            version=trial.task_version,
-            dataset=trial.dataset,
-            fold=trial.fold,
-            protocol=trial.protocol,  # type: ignore[arg-type]
-            metric=info.metric,
-            unit=info.unit,
-            higher_is_better=info.higher_is_better,
-            protocol_deviations=question.deviations,
-            data=data,
-            num_items={**counts, **(num_items or {})},
-        ),
-        probe=ProbePart(
-            head=trial.head,
-            view=info.view,
-            layer_norm=trial.layer_norm,
-            lr=trial.lr,
-            seed=trial.seed,
-            batch=trial.batch,
-            steps=trial.steps,
-            optimizer=trial.optimizer,
-            trainable_params=params,
-            layer=trial.layer,
-            feature_dtype=trial.feature_dtype,
-            budget=trial.budget,
-            control=control,
-            accumulate=accumulate,
-            head_options=options,
-        ),
+        task=_task_part(job, each, trial, num_items or {}),
+        probe=_probe_part(job, trial, params),
         items=None,
-        cost=CostPart(
-            extract_s=round(cost.extract_s, 3),
-            fit_s=round(cost.fit_s, 3),
-            peak_memory_bytes=peak_memory_bytes(),
-            store_bytes=cost.store_bytes,
-            peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        ),
+        cost=_cost_part(cost, device),
         environment=_environment(device),
         started_at=cost.started_at,
         finished_at=now(),
         error=error,
-        warnings=(*job.upstream.warnings, *each.fold.notes),
+        warnings=(*job.upstream.warnings, *job.question.task.info.notes, *each.fold.notes),
         **parts,
+    )
+
+
+def _task_part(job: Job, each: LoadedFold, trial: Trial, num_items: Mapping[str, int]) -> TaskPart:
+    info = job.question.task.info
+    data = {split: manifest.digest for split, manifest in each.fold.manifests.items()}
+    data |= {f"trials.{split}": trials.digest for split, trials in each.fold.trials.items()}
+    data["all"] = trial.data_digest  # the audio's bytes included
+    counts = {split: len(manifest) for split, manifest in each.fold.manifests.items()}
+    counts |= {split: len(trials) for split, trials in each.fold.trials.items()}
+    return TaskPart(
+        name=trial.task,
+        version=trial.task_version,
+        dataset=trial.dataset,
+        fold=trial.fold,
+        protocol=trial.protocol,  # type: ignore[arg-type]
+        metric=info.metric,
+        unit=info.unit,
+        higher_is_better=info.higher_is_better,
+        protocol_deviations=job.question.deviations,
+        data=data,
+        num_items={**counts, **num_items},
+    )
+
+
+def _probe_part(job: Job, trial: Trial, params: int) -> ProbePart:
+    options = dict(trial.head_options)
+    accumulate, control = options.pop("accumulate", 1), options.pop("control", None)
+    return ProbePart(
+        head=trial.head,
+        view=job.question.task.info.view,
+        layer_norm=trial.layer_norm,
+        lr=trial.lr,
+        seed=trial.seed,
+        batch=trial.batch,
+        steps=trial.steps,
+        optimizer=trial.optimizer,
+        trainable_params=params,
+        layer=trial.layer,
+        feature_dtype=trial.feature_dtype,
+        budget=trial.budget,
+        control=control,
+        accumulate=accumulate,
+        head_options=options,
+    )
+
+
+def _cost_part(cost: Cost, device: torch.device) -> CostPart:
+    return CostPart(
+        extract_s=round(cost.extract_s, 3),
+        fit_s=round(cost.fit_s, 3),
+        peak_memory_bytes=peak_memory_bytes(),
+        store_bytes=cost.store_bytes,
+        peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        encoder_passes=cost.encoder_passes,
+        audio_s=None if cost.audio_s is None else round(cost.audio_s, 3),
     )
 
 

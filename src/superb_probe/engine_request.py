@@ -1,50 +1,34 @@
-"""From a request to jobs: upstreams, tasks and data resolved, every problem found before anything is computed."""
+"""From a request to jobs: tasks and data resolved, every problem found before anything is computed."""
 
 from __future__ import annotations
 
-import os
 import re
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from superb_probe.downstreams.base import Budget, Fold, Head, LabelSet, ProtocolSettings, Task
-from superb_probe.downstreams.checks import effective_samples, report
+from superb_probe.downstreams.audio import effective_samples
+from superb_probe.downstreams.base import Budget, Fold, Head, LabelSet, ProtocolSettings, Split, Task
+from superb_probe.downstreams.checks import report
+from superb_probe.downstreams.corpora import choose_data
 from superb_probe.downstreams.load import load_folds, load_task
-from superb_probe.downstreams.manifest import Manifest, Problem, Trials, audio_digest
+from superb_probe.downstreams.manifest import Manifest, Problem, Utterance, audio_digest
+from superb_probe.engine_ask import (
+    LoadedUpstream,
+    Problems,
+    Request,
+    check_out,
+    choose_device,
+    resolve_upstream,
+    value_problems,
+)
+from superb_probe.engine_names import expand_tasks, quick_tasks
+from superb_probe.engine_subset import QUICK_SIZES, limited, quick
 from superb_probe.errors import RequestError
-from superb_probe.probes.identity import weights_digest
-from superb_probe.probes.plan import Trial, default_budget, digest_of
+from superb_probe.probes.plan import Trial, default_budget, digest_of, plan_trials
 from superb_probe.probes.store import FeatureStore
-from superb_probe.registry import Registry
-from superb_probe.upstreams.base import Upstream
-from superb_probe.upstreams.load import load_upstream
-
-FLOAT32_BELOW_BYTES = 4 * 2**30
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedUpstream:
-    """An encoder and how it was asked for.
-
-    Attributes:
-        upstream: frozen, in eval mode, on the CPU.
-        name: what was asked for, or its own name.
-        options: how it was built, with the digest of its weights.
-        provided_by: distribution, or file.
-        warnings: what a reader of its scores must know.
-    """
-
-    upstream: Upstream
-    name: str
-    options: Mapping[str, Any]
-    provided_by: str
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +48,10 @@ class Question:
         task: the task.
         settings: the protocol's.
         budget: updates, batch and head options, the protocol's settings merged in.
-        budget_name: "small" or "full".
-        dataset: "mini" or "manifest:<name>".
+        budget_name: "small", "full" or "quick", with ":<steps>" behind it when the steps are one's own.
+        dataset: "mini", the name of a published corpus, or "manifest:<name>".
         folds: one or several.
-        rates: learning rates to begin with.
+        rates: learning rates to begin with; of a task without training the one rate 0.
         may_grow: whether further rates may be tried.
         deviations: from the published protocol.
     """
@@ -85,202 +69,172 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One upstream asked one question: its trials differ in fold, learning rate and seed only.
+    """One upstream asked one question: its trials differ in fold, layer, learning rate and seed only.
 
     Attributes:
         upstream: the encoder.
         question: the task and its data.
         template: what all trials share.
-        state_bytes: size of the states of all splits.
+        seeds: of the probes.
+        layers: what the probes read: one layer, or None for the weighted sum of all.
+        crops: stored crops of long training utterances in view "mean"; 0 for whole utterances.
+        crops_anew: whether crops are encoded anew each time instead.
         least_frames: fewest frames an utterance must have.
     """
 
     upstream: LoadedUpstream
     question: Question
     template: Trial
-    state_bytes: int
+    seeds: tuple[int, ...]
+    layers: tuple[int | None, ...]
+    crops: int
+    crops_anew: bool
     least_frames: int
 
+    @property
+    def name(self) -> str:
+        """Task and upstream, for what is printed."""
+        return f"{self.template.task}, {self.upstream.name}"
 
-class Problems:
-    """Collects what is wrong from several checks, to be told at once."""
+    def trials(self, rates: Sequence[float] | None = None) -> list[Trial]:
+        """The planned trials, or those with other learning rates."""
+        folds = [(each.fold.name, each.digest) for each in self.question.folds]
+        return plan_trials(self.template, folds, rates or self.question.rates, self.seeds, self.layers)
 
-    def __init__(self) -> None:
-        """Starts empty."""
-        self.found: list[RequestError] = []
+    def audio(self) -> dict[tuple[str, str, float, float, bool], tuple[Utterance, bool]]:
+        """The distinct stretches of audio of all splits and folds, and whether training crops them."""
+        found = {}
+        for each in self.question.folds:
+            for split, manifest in each.fold.manifests.items():
+                for u in manifest:
+                    cropped = self.cropped(split) and u.duration_s > (self.question.budget.max_crop_s or 0.0)
+                    found[(str(manifest.root), u.audio, u.start_s, u.duration_s, cropped)] = (u, cropped)
+        return found
 
-    def attempt(self, make: Callable[[], T]) -> T | None:
-        """The value, or None after noting a RequestError."""
-        try:
-            return make()
-        except RequestError as error:
-            self.found.append(error)
-            return None
+    def cropped(self, split: str) -> bool:
+        """Whether crops of a split are kept."""
+        return self.crops > 0 and split == "train"
 
-    def raise_any(self) -> None:
-        """Raise what was noted, if anything was."""
-        texts = list(dict.fromkeys(str(error) for error in self.found))
-        if texts:
-            raise RequestError("\n".join(texts)) from self.found[0]
-
-
-def choose_device(device: str) -> torch.device:
-    """The device a name stands for: "auto" is a GPU where there is one.
-
-    >>> choose_device("cpu")
-    device(type='cpu')
-
-    Raises:
-        RequestError: for an unknown name or a GPU that is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise RequestError(f"unknown device {device!r}. Fix: auto, cpu, cuda or cuda:N")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise RequestError(
-            f"device {device}: this machine has {count} usable GPUs (torch {torch.__version__}). Fix: --device cpu"
+    @property
+    def state_bytes(self) -> int:
+        """Size of the states of all distinct audio."""
+        info, view, dtype = self.upstream.upstream.info, self.question.task.info.view, self.template.feature_dtype
+        crop_s = self.question.budget.max_crop_s
+        groups: dict[bool, list[Utterance]] = {False: [], True: []}
+        for utterance, cropped in self.audio().values():
+            groups[cropped].append(utterance)
+        return FeatureStore.estimate_bytes(info, groups[False], view, dtype) + FeatureStore.estimate_bytes(
+            info, groups[True], view, dtype, crops=self.crops, crop_s=crop_s
         )
-    return chosen
 
 
-def check_out(out: Path) -> None:
-    """Make sure records can be written.
-
-    Raises:
-        RequestError: if they cannot.
-    """
-    probe = out / f".write-{uuid.uuid4().hex[:8]}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RequestError(
-            f"--out {out} cannot be written: {error.strerror}. Fix: --out FOLDER that you may write"
-        ) from error
-
-
-def resolve_upstream(
-    upstream: str | Upstream,
-    *,
-    checkpoint: Path | None,
-    size: str | None,
-    random: int | None,
-    options: Mapping[str, Any],
-) -> LoadedUpstream:
-    """The encoder of a name, or of an object that already is one."""
-    if isinstance(upstream, Upstream):
-        upstream.eval().requires_grad_(False)
-        loaded, name, provided_by = (
-            upstream,
-            upstream.info.name,
-            f"{type(upstream).__module__}.{type(upstream).__qualname__}",
-        )
-        if checkpoint is not None or size is not None or random is not None or options:
-            raise RequestError(
-                f"{name} is an Upstream already. Fix: give checkpoint, size, random and options when building it"
-            )
-    else:
-        loaded = load_upstream(upstream, checkpoint=checkpoint, size=size, random=random, **options)
-        name = loaded.info.name
-        provided_by = _provided_by(upstream)
-    named = {"size": size, "random": random, **options}
-    recorded = {key: value for key, value in named.items() if value is not None}
-    warnings = list(getattr(loaded, "notes", ()))
-    if loaded.info.revision.startswith("random:"):
-        warnings.append(f"{name}: random weights ({loaded.info.revision}), not a trained encoder")
-    return LoadedUpstream(
-        loaded, name, {**recorded, "weights": weights_digest(loaded)[:16]}, provided_by, tuple(warnings)
-    )
+def resolve(request: Request, problems: Problems) -> list[Job]:
+    """Every upstream asked every question; what is wrong is noted in `problems`."""
+    problems.found += [RequestError(text) for text in value_problems(request)]
+    problems.attempt(lambda: (request.limit_bytes, request.limit_s))
+    problems.attempt(partial(choose_device, request.device))
+    if not request.dry_run:
+        problems.attempt(partial(check_out, request.out_folder))
+    options = dict(request.upstream_option or {})
+    load = partial(resolve_upstream, checkpoint=request.checkpoint, size=request.size, random=request.random)
+    loaded = [problems.attempt(partial(load, name, options=options)) for name in request.upstreams]
+    choose = quick_tasks if request.tier == "quick" else expand_tasks
+    names = problems.attempt(partial(choose, request.tasks)) or []
+    questions = [problems.attempt(partial(resolve_question, name, request)) for name in names]
+    made = [
+        problems.attempt(partial(make_job, each, question, request))
+        for each in loaded
+        if each is not None
+        for question in questions
+        if question is not None
+    ]
+    jobs = [job for job in made if job is not None]
+    problems.attempt(partial(raise_short, jobs))
+    return jobs
 
 
-def _provided_by(name: str) -> str:
-    prefix = name.partition(":")[0]
-    return name if prefix in ("hf", "s3prl", "features") else Registry("upstream").find(name).provided_by
-
-
-def resolve_question(
-    name: str,
-    *,
-    data: Mapping[str, Path] | None,
-    manifest: Mapping[str, Path] | None,
-    root: Path | None,
-    protocol: str,
-    budget: str | None,
-    steps: int | None,
-    lr: Sequence[float] | None,
-    limit: int | None,
-    control: str | None,
-) -> Question:
+def resolve_question(name: str, request: Request) -> Question:
     """A task with its data read and checked.
 
     Raises:
         RequestError: with everything wrong in the request for this task.
     """
     task = load_task(name)
-    settings = task.info.protocols.get(protocol)
+    settings = task.info.protocols.get(request.protocol)
     if settings is None:
         known = ", ".join(sorted(task.info.protocols))
-        raise RequestError(f"{name} has no protocol {protocol!r}. Fix: one of {known}")
-    dataset, folder = task.info.dataset, root
+        raise RequestError(f"{name} has no protocol {request.protocol!r}. Fix: one of {known}")
+    dataset, folder = task.info.dataset, request.root
+    extras: dict[str, Path] = {}
+    manifest = request.manifest
     if manifest:
         dataset = f"manifest:{Path(manifest.get('test', next(iter(manifest.values())))).resolve().parent.name}"
-    elif data:
-        if set(data) != {"mini"}:
-            raise RequestError(
-                f"--data {' '.join(f'{key}={path}' for key, path in data.items())}: the trees of published corpora are not read yet. "
-                "Fix: --manifest train=a.tsv dev=b.tsv test=c.tsv (docs/quickstart.md says how to make them)"
-            )
-        folder = data["mini"]
-    folds = load_folds(task, dataset=dataset, root=folder, manifests=manifest, protocol=protocol)
-    train_s = max(fold.manifests["train"].total_s for fold in folds)
-    budget_name = budget or default_budget(train_s, dataset)
-    if budget_name not in task.info.budgets:
-        raise RequestError(f"{name} has no budget {budget_name!r}. Fix: one of {', '.join(task.info.budgets)}")
-    chosen = task.info.budgets[budget_name]
-    chosen = replace(
-        chosen,
-        batch=settings.batch or chosen.batch,
-        accumulate=settings.accumulate or chosen.accumulate,
-        head={**chosen.head, **settings.head},
-    )
-    if steps is not None and steps != chosen.steps:
-        chosen = replace(chosen, steps=steps, evaluate_every=min(chosen.evaluate_every, -(-steps // 10)))
-        budget_name = f"{budget_name}:{steps}"
+    elif request.data:
+        dataset, folder, extras = choose_data(task.info.name, request.data)
+    folds = load_folds(task, dataset=dataset, root=folder, extras=extras, manifests=manifest, protocol=request.protocol)
+    check_selecting(task, settings.select_on, folds)
+    train_s = max(_training_manifest(fold).total_s for fold in folds)
+    budget, budget_name = choose_budget(task, settings, request, default_budget(train_s, dataset))
     deviations = list(settings.deviations)
-    if limit is not None:
-        deviations.append(f"only the first {limit} utterances of each split")
+    if request.limit is not None:
+        deviations.append(f"only the first {request.limit} utterances of each split")
+    if request.tier == "quick":
+        sizes = ", ".join(f"{count} of {split}" for split, count in QUICK_SIZES.items())
+        deviations.append(f"quick tier: a seeded subset of at most {sizes}")
     loaded = []
     for fold in folds:
-        labels = task.labels(fold.manifests["train"])  # of the whole split: a limit changes no classes
-        fold = fold if limit is None else limited(fold, limit)
+        labels = task.labels(_training_manifest(fold))  # of the whole split: a part changes no classes
+        fold = fold if request.limit is None else limited(fold, request.limit)
+        fold = quick(fold) if request.tier == "quick" else fold
         loaded.append(LoadedFold(fold, labels, data_digest(fold)))
-    rates = tuple(lr) if lr else settings.lr_grid
-    grows = not lr and control is None
-    return Question(task, settings, chosen, budget_name, dataset, tuple(loaded), rates, grows, tuple(deviations))
+    if not task.info.trained:
+        return Question(task, settings, budget, budget_name, dataset, tuple(loaded), (0.0,), False, tuple(deviations))
+    rates = tuple(request.lr) if request.lr else settings.lr_grid
+    grows = not request.lr and request.control is None
+    return Question(task, settings, budget, budget_name, dataset, tuple(loaded), rates, grows, tuple(deviations))
 
 
-def limited(fold: Fold, limit: int) -> Fold:
-    """The first `limit` utterances of each split, and the trials among them.
+def _training_manifest(fold: Fold) -> Manifest:
+    """What classes come from: train, or of a task without training whatever there is."""
+    return fold.manifests.get("train") or next(iter(fold.manifests.values()))
+
+
+def check_selecting(task: Task, split: Split, folds: Iterable[Fold]) -> None:
+    """Refuse folds without the split that chooses.
 
     Raises:
-        RequestError: if no trial of one kind is left.
+        RequestError: that names them.
     """
-    manifests = {split: manifest[:limit] for split, manifest in fold.manifests.items()}
-    trials = {}
-    for split, pairs in fold.trials.items():
-        ids = set(manifests[split].ids)
-        columns = zip(pairs.labels.tolist(), pairs.ids_a, pairs.ids_b, strict=True)
-        kept = [(label, a, b) for label, a, b in columns if a in ids and b in ids]
-        if len({label for label, _, _ in kept}) < 2:
-            raise RequestError(
-                f"--limit {limit} leaves no same-speaker or no different-speaker trial in {split}. Fix: a larger limit"
-            )
-        trials[split] = Trials.of([row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept])
-    return replace(fold, manifests=manifests, trials=trials)
+    without = [fold.name or "the only fold" for fold in folds if split not in fold.manifests]
+    if without:
+        raise RequestError(
+            f"{task.info.name}: no {split} split in {', '.join(without)}: learning rate, update and layer are chosen on it. "
+            f"Fix: --manifest ... {split}={split}.tsv"
+        )
+
+
+def choose_budget(task: Task, settings: ProtocolSettings, request: Request, default: str) -> tuple[Budget, str]:
+    """The training of each probe, the protocol's settings merged in, and its name.
+
+    Raises:
+        RequestError: for a budget that is not there.
+    """
+    base = "small" if request.tier == "quick" else request.budget or default
+    if base not in task.info.budgets:
+        raise RequestError(f"{task.info.name} has no budget {base!r}. Fix: one of {', '.join(task.info.budgets)}")
+    budget, name = task.info.budgets[base], "quick" if request.tier == "quick" else base
+    budget = replace(
+        budget,
+        batch=settings.batch or budget.batch,
+        accumulate=settings.accumulate or budget.accumulate,
+        head={**budget.head, **settings.head},
+    )
+    if not task.info.trained:
+        return replace(budget, steps=0), name
+    if request.steps is not None and request.steps != budget.steps:
+        evaluate_every = min(budget.evaluate_every, -(-request.steps // 10))
+        return replace(budget, steps=request.steps, evaluate_every=evaluate_every), f"{name}:{request.steps}"
+    return budget, name
 
 
 def data_digest(fold: Fold) -> str:
@@ -299,36 +253,43 @@ def head_name(head: Head) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(head).__name__).lower()
 
 
-def make_job(
-    upstream: LoadedUpstream,
-    question: Question,
-    *,
-    head: str | None,
-    layer: int | None,
-    layer_norm: bool,
-    protocol: str,
-    control: str | None,
-) -> Job:
+def with_head(question: Question, head: str) -> Question:
+    """The question asked through another of the task's heads, which its deviations say."""
+    told = f"head {head}; the protocol's is {question.task.info.heads[0]}"
+    return replace(question, budget=question.budget.for_head(head), deviations=(*question.deviations, told))
+
+
+def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> Job:
     """The trials' common part for one upstream and one question.
 
     Raises:
         RequestError: for a head or a layer that is not there.
     """
-    info, task, budget = upstream.upstream.info, question.task, question.budget
-    if layer is not None and not 0 <= layer < info.num_layers:
-        raise RequestError(f"--layer {layer}: {info.name} has layers 0 to {info.num_layers - 1}")
-    made = task.head(info.dim, question.folds[0].labels, dict(budget.head))
-    default_head = head_name(made)
-    if head not in (None, default_head):
-        raise RequestError(f"--head {head}: {task.info.name} has one head, {default_head}. Fix: leave --head out")
-    manifests = [manifest for each in question.folds for manifest in each.fold.manifests.values()]
-    whole = sum(FeatureStore.estimate_bytes(info, manifest, task.info.view, "float32") for manifest in manifests)
-    dtype = "float32" if whole <= FLOAT32_BELOW_BYTES else "float16"
+    info, task, head = upstream.upstream.info, question.task, request.head
+    second = head is not None and head in task.info.heads[1:]
+    if second:
+        question = with_head(question, str(head))
+    layers = choose_layers(request.layer, info.num_layers, task, info.name)
+    made = task.head(info.dim, question.folds[0].labels, dict(question.budget.head)) if task.info.trained else None
+    chosen_head = str(head) if second or made is None else head_name(made)
+    if made is None:
+        chosen_head = task.info.heads[0] if task.info.heads else "none"
+    if head not in (None, chosen_head):
+        known = ", ".join(task.info.heads or (chosen_head,))
+        raise RequestError(
+            f"--head {head}: {task.info.name} has no such head. Fix: one of {known}, or leave --head out"
+        )
+    crops, crops_anew = choose_crops(question, request)
+    budget = question.budget
     options: dict[str, Any] = {**budget.head, "accumulate": budget.accumulate, "evaluate_every": budget.evaluate_every}
-    if budget.max_crop_s is not None and task.info.view == "frames":
+    if budget.max_crop_s is not None:
         options["max_crop_s"] = budget.max_crop_s
-    if control is not None:
-        options["control"] = control
+    if crops or crops_anew:
+        options["crops"] = crops
+    if request.control is not None:
+        options["control"] = request.control
+    if request.stop_hopeless:
+        options["stop_hopeless"] = True
     template = Trial(
         upstream=upstream.name,
         upstream_revision=info.revision,
@@ -337,11 +298,11 @@ def make_job(
         dataset=question.dataset,
         data_digest="",
         fold=None,
-        protocol=protocol,
-        head=default_head,
-        layer=layer,
-        layer_norm=layer_norm or question.settings.layer_norm,
-        feature_dtype=dtype,
+        protocol=request.protocol,
+        head=chosen_head,
+        layer=None,
+        layer_norm=request.layer_norm or question.settings.layer_norm,
+        feature_dtype=request.feature_dtype,
         upstream_options=upstream.options,
         head_options=options,
         budget=question.budget_name,
@@ -351,8 +312,39 @@ def make_job(
         lr=0.0,
         seed=0,
     )
-    least_frames = 1 if task.info.view == "mean" else max(1, made.min_frames)
-    return Job(upstream, question, template, whole if dtype == "float32" else whole // 2, least_frames)
+    least_frames = 1 if task.info.view == "mean" or made is None else max(1, made.min_frames)
+    seeds = tuple(dict.fromkeys(request.seed)) if task.info.trained else (0,)
+    return Job(upstream, question, template, seeds, layers, crops, crops_anew, least_frames)
+
+
+def choose_layers(layer: int | str | None, num_layers: int, task: Task, name: str) -> tuple[int | None, ...]:
+    """What the probes read: None is the weighted sum of all; a task without training reads one layer after the other.
+
+    Raises:
+        RequestError: for a layer that is not there.
+    """
+    if isinstance(layer, int):
+        if not 0 <= layer < num_layers:
+            raise RequestError(f"--layer {layer}: {name} has layers 0 to {num_layers - 1}")
+        return (layer,)
+    if not task.info.trained:
+        return tuple(range(num_layers))
+    return (None, *range(num_layers)) if layer == "all" else (None,)
+
+
+def choose_crops(question: Question, request: Request) -> tuple[int, bool]:
+    """How many random crops of a long training utterance are kept, and whether they are encoded anew instead.
+
+    SUPERB cuts anew at every access; so does protocol "superb" unless `--crops K` asks for stored ones.
+    """
+    budget = question.budget
+    if question.task.info.view != "mean" or budget.max_crop_s is None:
+        return 0, False
+    longest_s = max(u.duration_s for each in question.folds for u in each.fold.manifests["train"])
+    if longest_s <= budget.max_crop_s:
+        return 0, False
+    anew = request.crops == 0 if request.crops is not None else request.protocol == "superb"
+    return (0, True) if anew else (request.crops or budget.crops, False)
 
 
 def short_utterances(jobs: Iterable[Job]) -> list[Problem]:
@@ -392,22 +384,6 @@ def _short(job: Job, manifest: Manifest, utterance_id: str, num_samples: int) ->
     seconds = num_samples / upstream.info.sample_rate_hz
     what = f"{seconds:.3f} s give {frames} frames of {upstream.info.name}, less than {need}"
     return Problem(f"{manifest.name}, utterance {utterance_id}", what, "leave it out of the manifest")
-
-
-def memory_problem(jobs: Sequence[Job]) -> str | None:
-    """What to say when the states of the largest job do not fit in memory; None when they do or nobody knows."""
-    largest = max(jobs, key=lambda job: job.state_bytes)
-    try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
-    if largest.state_bytes <= max(available, 0.6 * total):
-        return None
-    return (
-        f"the states of {largest.upstream.name} for {largest.question.task.info.name} take {largest.state_bytes / 1e9:.1f} GB, "
-        f"memory has {total / 1e9:.1f} GB. Fix: --store DIR keeps them on disk"
-    )
 
 
 def raise_short(jobs: Sequence[Job]) -> None:

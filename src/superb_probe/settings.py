@@ -6,6 +6,7 @@ Flag > environment > file > default. Unknown keys and wrong types are errors tha
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ class Flag:
     """One parameter of `run`: the same name in Python, on the command line (--long-form) and in a sweep file.
 
     Attributes:
-        kind: "text", "integer", "number", "path", "boolean", "paths" (name=path) or "options" (name=value).
+        kind: "text", "integer", "number", "path", "boolean", "paths" (name=path), "options" (name=value), "layer" (an integer or
+            all) or "amount" (a number with a unit, as text).
         many: takes several values.
         choices: the only values allowed; empty for any.
     """
@@ -44,7 +46,7 @@ RUN_FLAGS = (
         "encoders: registered names, hf:org/name, s3prl:name, features:DIR or ./file.py:function",
         True,
     ),
-    Flag("task", "text", "tasks: registered names or ./file.py:function", True),
+    Flag("task", "text", "tasks: registered names, ./file.py:function, or the suites all, superb10, paper4", True),
     Flag("checkpoint", "path", "weights of the encoder, any supported format (default: what ships with the name)"),
     Flag("size", "text", "size of an encoder without a checkpoint: test, tiny, small or base"),
     Flag("random", "integer", "random weights from this seed instead of trained ones", metavar="SEED"),
@@ -71,8 +73,22 @@ RUN_FLAGS = (
     ),
     Flag("root", "path", "folder that audio paths of the manifests start from (default: each manifest's own)"),
     Flag("head", "text", "another head than the task's own"),
-    Flag("layer", "integer", "read one layer (0 is the first encoder layer's input) instead of the weighted sum"),
+    Flag(
+        "layer",
+        "layer",
+        "read one layer (0 is the first encoder layer's input) instead of the weighted sum; all: one probe a layer beside it",
+        metavar="N|all",
+    ),
     Flag("layer_norm", "boolean", "normalise every frame of every layer before the weighted sum"),
+    Flag(
+        "feature_dtype",
+        "text",
+        "type the states are kept in (default: float16; int8 has a scale for every frame)",
+        choices=("float32", "float16", "bfloat16", "int8"),
+    ),
+    Flag(
+        "crops", "integer", "random crops kept of a long training utterance; 0 encodes new ones each time", metavar="K"
+    ),
     Flag("budget", "text", "how much training: small, or full (the protocol's)", choices=("small", "full")),
     Flag("steps", "integer", "optimiser updates instead of the budget's; rows of another count share no table"),
     Flag("lr", "number", "learning rates; the best on dev is reported (default: the protocol's grid)", True),
@@ -81,12 +97,23 @@ RUN_FLAGS = (
     Flag(
         "control", "text", "train on shuffled labels: what the probe scores without information", choices=("shuffle",)
     ),
+    Flag("stop_hopeless", "boolean", "give up trials that have fallen behind others for good (recorded)"),
     Flag("device", "text", "auto, cpu, cuda or cuda:N (default: auto)"),
     Flag("out", "path", "folder of the records (default: results/runs)", metavar="DIR"),
     Flag("store", "path", "folder of extracted states, safe to delete", metavar="DIR"),
+    Flag("store_limit", "amount", "most that the stores may take, e.g. 500GB", metavar="SIZE"),
+    Flag("store_clean", "boolean", "delete the least recently used stores when --store-limit asks for room"),
+    Flag(
+        "states",
+        "text",
+        "where states are read from in training (default: the fastest place they fit in, as measured)",
+        choices=("gpu", "memory", "disk", "stream"),
+    ),
     Flag("limit", "integer", "use only the first N utterances of each split (for trying things out)", metavar="N"),
+    Flag("tier", "text", "quick: pr sid er ic on seeded subsets, a table of its own", choices=("quick",)),
+    Flag("time_limit", "amount", "plan what fits into this time, e.g. 8h, and say what is dropped", metavar="TIME"),
     Flag("overwrite", "text", "records that may be replaced (default: never)", choices=("never", "failed", "always")),
-    Flag("dry_run", "boolean", "print the plan, its size on disk and its trials; train nothing"),
+    Flag("dry_run", "boolean", "print the plan: trials, extractions, gigabytes, minutes; train nothing"),
 )
 _RUN_FLAGS = {flag.name: flag for flag in RUN_FLAGS}
 
@@ -233,6 +260,10 @@ def _single(flag: Flag, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise wrong
+    if flag.kind == "amount":
+        return str(value)
+    if flag.kind == "layer":
+        return layer_value(value)
     if flag.kind in ("text", "path"):
         if not isinstance(value, str):
             raise wrong
@@ -249,6 +280,59 @@ def _number(flag: Flag, value: str | float) -> float:
     if flag.kind != "number":
         raise ValueError
     return float(value)
+
+
+def layer_value(value: str | float) -> int | str:
+    """A layer: its number, or "all".
+
+    >>> layer_value("3"), layer_value("all")
+    (3, 'all')
+
+    Raises:
+        RequestError: for anything else.
+    """
+    if value == "all":
+        return "all"
+    if not re.fullmatch(r"-?\d+", str(value)):
+        raise RequestError(f"layer must be an integer or all, found {value!r}")
+    return int(value)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from "50GB", "1.5 TB", "800M" or a plain number; units are decimal.
+
+    >>> parse_bytes("50GB"), parse_bytes("1.5 kB"), parse_bytes("12")
+    (50000000000, 1500, 12)
+
+    Raises:
+        RequestError: for anything else.
+    """
+    units = {"": 1, "b": 1, **{name: size for unit, size in _BYTES.items() for name in (unit, f"{unit}b")}}
+    return int(_amount(text, units, "a size: bytes, or a number with kB, MB, GB or TB, as 50GB"))
+
+
+def parse_duration(text: str | float) -> float:
+    """Seconds from "8h", "90m", "1.5d" or a plain number of seconds.
+
+    >>> parse_duration("8h"), parse_duration("90m"), parse_duration("5")
+    (28800.0, 5400.0, 5.0)
+
+    Raises:
+        RequestError: for anything else, and for nothing at all.
+    """
+    return _amount(
+        text, {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}, "a time: seconds, or as 90m, 8h, 2d"
+    )
+
+
+_BYTES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def _amount(text: str | float, units: Mapping[str, int], expected: str) -> float:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if found is None or found[2] not in units or float(found[1]) <= 0:
+        raise RequestError(f"{text!r} is not {expected}")
+    return float(found[1]) * units[found[2]]
 
 
 _KINDS = {"text": "text", "path": "a path", "integer": "an integer", "number": "a number", "boolean": "true or false"}

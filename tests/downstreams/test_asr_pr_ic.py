@@ -94,7 +94,7 @@ def test_slots_that_differ_between_splits_are_refused():
     task = load_task("ic")
     train = slots("r", {"slot_a": "x"})
     (problem,) = task.label_problems(Fold(None, {"train": train, "test": slots("t", {"slot_b": "x"})}))
-    assert "slots slot_b, but train has slot_a" in problem.what
+    assert "columns slot_b, but train has slot_a" in problem.what
     (problem,) = task.label_problems(Fold(None, {"train": train, "test": slots("t", {"slot_a": "new"})}))
     assert "1 label (new) not in train" in problem.what
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from superb_probe.downstreams.base import Budget, Fold, Head, LabelSet, ProtocolSettings, Score, Task, TaskInfo
 from superb_probe.downstreams.manifest import Manifest, Utterance
+from superb_probe.probes.fit import FitResult, fit_trials
 from superb_probe.probes.heads import UtteranceLinear, masked_mean
 from superb_probe.probes.plan import Trial
+from superb_probe.probes.store import FeatureStore
 from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo, frame_mask
 
 HOP = 160
@@ -150,3 +153,23 @@ def toy() -> SimpleNamespace:
 
     make: Callable[..., Trial] = trial
     return SimpleNamespace(Upstream=ToyUpstream, Task=ToyTask, trial=make, write_corpus=write_corpus, HOP=HOP)
+
+
+@pytest.fixture
+def world(toy: SimpleNamespace, corpus: Path) -> Iterator[Any]:
+    """A function that trains some trials of the toy task."""
+    upstream = toy.Upstream()
+
+    def train(trials: list[Trial], task: Any = None, layer_norm: bool = False, **options: Any) -> list[FitResult]:
+        task = task or toy.Task()
+        (fold,) = task.splits(corpus)
+        fold = options.pop("fold", fold)
+        stores = {}
+        for split, manifest in fold.manifests.items():
+            stores[split] = FeatureStore(None, view=task.info.view, dtype="float32", layer_norm=layer_norm)
+            stores[split].build(upstream, manifest)
+        budget = dataclasses.replace(task.info.budgets["small"], **options.pop("budget", {}))
+        labels = task.labels(fold.manifests["train"])
+        return fit_trials(trials, task, fold, labels, stores, upstream.info, budget, **options)
+
+    yield train

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from superb_probe.downstreams.base import Batch
-from superb_probe.probes.ctc import BlstmCtc, FrameCtc, FrameLogits, ctc_loss, greedy_ids
+from superb_probe.probes import ctc as ctc_module
+from superb_probe.probes.ctc import BlstmCtc, FrameCtc, FrameLogits, ctc_loss, ctc_losses, greedy_ids
 from superb_probe.probes.specaugment import SpecAugment
 
 TOKENS = ("<s>", "</s>", "A", "B")
@@ -110,3 +111,33 @@ def test_both_directions_are_read() -> None:
             other = frames.clone()
             other[0, changed] += 1
             assert (head(other, lengths).logits[0, untouched] - before[0, untouched]).abs().max() > 0
+
+
+def test_several_trials_in_one_call_are_each_one_s_loss() -> None:
+    logits = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(5))
+    lengths, targets, counts = torch.tensor([5, 4]), torch.tensor([[2, 2, 1], [3, 1, -1]]), torch.tensor([3, 2])
+    losses = ctc_losses(logits, lengths, targets, counts)
+    for trial in range(3):
+        assert float(losses[trial]) == pytest.approx(
+            by_hand(FrameLogits(logits[trial], lengths), [[2, 2, 1], [3, 1]]), rel=1e-5
+        )
+
+
+def run(head: BlstmCtc, frames: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Logits and every gradient."""
+    head.zero_grad()
+    logits = head(frames, lengths).logits
+    logits.square().sum().backward()
+    return [logits.detach(), *(parameter.grad.clone() for parameter in head.parameters())]
+
+
+def test_turning_rows_round_equals_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = BlstmCtc(4, TOKENS, width=3, dropout=0.0)
+    frames, lengths = torch.randn(4, 9, 4, generator=torch.Generator().manual_seed(2)), torch.tensor([9, 4, 1, 7])
+    turned = run(head, frames, lengths)
+    other_length = run(head, frames, torch.tensor([9, 5, 1, 7]))
+    monkeypatch.setattr(ctc_module, "_reversed", ctc_module._packed)
+    packed = run(head, frames, lengths)
+    for one, two in zip(turned, packed, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    assert (other_length[0][1, 0] - packed[0][1, 0]).abs().max() > 1e-3  # turned round at another frame

@@ -104,4 +104,4 @@ def test_small_is_the_default_below_ten_hours_and_on_mini() -> None:
 
 
 def test_an_empty_plan_is_said() -> None:
-    assert describe_plan([]) == "in all: 0 trials, 0 finished before"
+    assert describe_plan([]) == "in all: 0 trials, 0 finished before; 0 extractions; 0.000 GB of states; 0.0 minutes"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from superb_probe.downstreams.audio import read_waveform
 from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.errors import CheckError, RequestError
 from superb_probe.probes import store as store_module
-from superb_probe.probes.store import FeatureStore
+from superb_probe.probes.store import FeatureStore, utterances_digest
 from superb_probe.upstreams.base import LayerStates
 
 
@@ -84,14 +84,18 @@ def test_every_cause_is_in_the_key(toy: SimpleNamespace, train: Manifest, corpus
     renamed.info = dataclasses.replace(renamed.info, revision="sha256:0")
 
     relabelled = Manifest([dataclasses.replace(train[0], labels={"tone": "none"}), *train[1:]], train.root, train.name)
+    assert folder(manifest=relabelled) == base  # labels change no state: tasks on the same utterances share a store
+    shorter = Manifest([dataclasses.replace(train[0], duration_s=0.1), *train[1:]], train.root, train.name)
     keys = [
         folder(changed),
         folder(renamed),
-        folder(manifest=relabelled),
+        folder(manifest=shorter),
         folder(layer_norm=True),
         folder(view="frames"),
     ]
-    keys += [folder(dtype="float16"), folder(waveform="gain_trim")]
+    keys += [folder(dtype="float16"), folder(waveform="gain_trim"), folder(dtype="int8")]
+    keys += [folder(crops=2, crop_s=0.1), folder(crops=3, crop_s=0.1), folder(crops=2, crop_s=0.2)]
+    keys += [folder(crops=2, crop_s=0.1, crop_seed=1)]
     assert len({base, *keys}) == len(keys) + 1
 
 
@@ -136,7 +140,7 @@ def test_an_interrupted_build_goes_on_and_ends_in_the_same_bytes(
     (folder / "shard-00000.bin.deadbeef.tmp").write_bytes(b"left by a killed process")
     resumed = built(tmp_path / "broken", toy.Upstream(), train)
     assert 0 < resumed.encoder_passes < len(train)  # what was there was not extracted again
-    (folder / "shard-00000.bin.deadbeef.tmp").unlink()
+    assert not list(folder.glob("*.tmp"))
     assert resumed.folder == folder and contents(folder) == contents(whole.folder)
     again = built(tmp_path / "broken", toy.Upstream(), train)
     assert again.encoder_passes == 0 and torch.equal(again[train[0].id], whole[train[0].id])
@@ -172,11 +176,9 @@ def test_two_builds_at_once_end_with_one_good_store(
     toy: SimpleNamespace, train: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "SHARD_BYTES", 10_000)
-    workers = [threading.Thread(target=built, args=(tmp_path / "both", toy.Upstream(), train)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(lambda _: built(tmp_path / "both", toy.Upstream(), train), range(2)))
+    assert sum(store.encoder_passes for store in stores) == len(train)  # one built, the other waited for it
     one = built(tmp_path / "one", toy.Upstream(), train)
     (folder,) = (tmp_path / "both").iterdir()
     assert one.folder is not None and contents(folder) == contents(one.folder)
@@ -248,4 +250,8 @@ def test_the_causes_stand_beside_the_states(toy: SimpleNamespace, train: Manifes
     store = built(tmp_path, toy.Upstream(), train)
     assert store.folder is not None
     causes = json.loads((store.folder / "causes.json").read_text())
-    assert causes["manifest"] == train.digest and causes["view"] == "frames"
+    assert (
+        causes["utterances"] == utterances_digest(train)
+        and causes["first_manifest"] == "train"
+        and causes["view"] == "frames"
+    )

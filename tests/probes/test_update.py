@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from superb_probe.errors import RequestError
-from superb_probe.probes.update import Updater
+from superb_probe.probes.update import StackedUpdater, Updater
 
 
 def problem() -> tuple[nn.Linear, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -56,6 +56,44 @@ def ours(optimizer: str, lr: float, clip: float, accumulate: int) -> tuple[torch
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double(), [
         n for n in returned if n is not None
     ]
+
+
+def by_masks(updater: StackedUpdater, made: list[bool], scales: list[float]) -> None:
+    """What a GPU without Triton does, in place of the pass over rows."""
+    updater._adam(torch.tensor(made), torch.tensor(scales))
+
+
+def of_three(optimizer: str, monkeypatch: pytest.MonkeyPatch | None) -> StackedUpdater:
+    """Six updates of three trials; a gradient of the first is not finite in update 3, a loss of the second in update 4."""
+    generator = torch.Generator().manual_seed(4)
+    rows = [
+        [nn.Parameter(torch.randn(4, 3, generator=generator)), nn.Parameter(torch.randn((), generator=generator))]
+        for _ in range(3)
+    ]
+    updater = StackedUpdater(rows, optimizer, [0.3, 0.1, 0.01], 0.5)
+    if monkeypatch is not None:
+        monkeypatch.setattr(StackedUpdater, "_adam_by_rows", by_masks)
+    for step in range(1, 7):
+        for place in range(2):
+            gradient = updater.stacked(place, updater.gradients)
+            gradient.copy_(torch.randn(gradient.shape, generator=generator))
+        if step == 3:
+            updater.gradients[0, 0] = math.nan
+        updater.step(torch.tensor([1.0, math.inf if step == 4 else 1.0, 1.0]))
+    assert updater.values[0, 0] == rows[0][0][0, 0] and updater.values.isfinite().all()
+    return updater
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_masks_equal_rows_and_keep_trials_apart(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = of_three(optimizer, None)
+    masks = of_three(optimizer, monkeypatch)
+    torch.testing.assert_close(masks.values, rows.values, rtol=1e-5, atol=1e-6)
+    for updater in (rows, masks):
+        assert updater.running.tolist() == [True, False, True] and int(updater.count) == 6
+        assert updater.stopped_at.tolist() == [0, 4, 0] and updater.skipped.tolist() == [1, 0, 0]
+        assert math.isinf(float(updater.stopped_loss[1]))
+        assert updater._taken.tolist() == [5, 3, 6]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from superb_probe.errors import RequestError
-from superb_probe.probes.weighted_sum import WeightedSum
+from superb_probe.probes import kernels
+from superb_probe.probes.weighted_sum import Mixer, WeightedSum, mix, mixture_gradient
 
 
 def states(*shape: int) -> torch.Tensor:
@@ -72,3 +73,47 @@ def test_a_wrong_number_of_layers_is_named(shape: tuple[int, ...]) -> None:
         WeightedSum(4)(torch.zeros(shape))
     with pytest.raises(RequestError, match="num_layers"):
         WeightedSum(0)
+
+
+def autograd(weights: torch.Tensor, layers: torch.Tensor, slopes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = weights.double().requires_grad_()
+    mixed = torch.einsum("nl,lbtd->nbtd", leaf.softmax(1), layers.double())
+    (gradient,) = torch.autograd.grad((mixed * slopes.double()).sum(), leaf)
+    return mixed.detach().float(), gradient.float()
+
+
+def test_the_mixtures_of_several_trials_and_their_gradients_are_autograd_s() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights, layers = torch.randn(3, 4, generator=generator), states(4, 2, 5, 6)
+    mixer = Mixer(weights, (None, 2, None))
+    slopes = torch.randn(3, 2, 5, 6, generator=generator)
+    mixed, gradient = autograd(weights, layers, slopes)
+    got = mixer.gradient(mixer.mixture(), mixture_gradient(slopes, layers))
+    for trial in (0, 2):
+        torch.testing.assert_close(mix(mixer.mixture(), layers)[trial], mixed[trial], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[trial], gradient[trial], rtol=1e-4, atol=1e-4)
+    assert torch.equal(mix(mixer.mixture(), layers)[1], layers[2]) and got[1].abs().max() == 0
+    assert mixer.part([1, 2]).mixture().tolist() == mixer.mixture()[1:].tolist()
+
+
+def test_states_that_need_a_gradient_get_it() -> None:
+    sum_of = WeightedSum(3)
+    layers = states(3, 2, 5).requires_grad_()
+    sum_of(layers).sum().backward()
+    torch.testing.assert_close(layers.grad, torch.full((3, 2, 5), 1 / 3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("trials", [1, 3, 25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernels_equal_the_plain_operations(trials: int, dtype: torch.dtype) -> None:
+    assert kernels.available()
+    generator = torch.Generator().manual_seed(3)
+    layers = torch.randn(13, 5, 77, 31, generator=generator).to("cuda", dtype)
+    mixture = torch.rand(trials, 13, generator=generator).cuda()
+    slopes = torch.randn(trials, 5, 77, 31, generator=generator).cuda()
+    flat = layers.flatten(1).double()
+    torch.testing.assert_close(mix(mixture, layers).flatten(1).double(), mixture.double() @ flat, rtol=1e-5, atol=1e-5)
+    expected = slopes.flatten(1).double() @ flat.T
+    torch.testing.assert_close(mixture_gradient(slopes, layers).double(), expected, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(mixture_gradient(slopes.roll(1, 1), layers).double(), expected, rtol=1e-2, atol=1e-2)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,3 +118,46 @@ def make_record() -> Callable[..., RunRecord]:
         return RunRecord.from_dict(changed(EXAMPLE, {**scores, **changes}))
 
     return make
+
+
+def _neighbour(name: str) -> Any:
+    """A helper module of this folder (tests are no package)."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"results_tests_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def made_up() -> Any:
+    """The module that makes records up."""
+    return _neighbour("made_up")
+
+
+@pytest.fixture(scope="session")
+def simulate_compare() -> Any:
+    """The module that simulates comparisons."""
+    return _neighbour("simulate_compare")
+
+
+@pytest.fixture(scope="session")
+def base_record() -> RunRecord:
+    """The record that others are changed from."""
+    return RunRecord.from_dict(EXAMPLE)
+
+
+@pytest.fixture(scope="session")
+def tab() -> Iterator[Any]:
+    """A tab of a headless Chromium; skips where there is none."""
+    chromium = _neighbour("chromium")
+    program = chromium.find_chromium()
+    if program is None:
+        pytest.skip(
+            "no Chromium: install one (Debian: apt-get install chromium) or set SUPERB_PROBE_CHROMIUM to its program"
+        )
+    with chromium.chromium(program) as found:
+        yield found

@@ -73,7 +73,44 @@ def some_records(make: Make) -> list[RunRecord]:
     records += [
         make(dev=3.0, test=3.0, **{"task.data": {"train": "sha256:other", "dev": "sha256:b", "test": "sha256:c"}})
     ]
+    records += layers_of_qbe(make, {0: (5.0, 9.0), 1: (7.0, 6.0), 2: (7.0, 8.0)})
+    records += [make(dev=4.0, test=4.0, **{"probe.layer": 3}, layer_weights=None)]
     return records
+
+
+def layers_of_qbe(make: Make, scores: dict[int, tuple[float, float]], num_layers: int = 3) -> list[RunRecord]:
+    """A task without training: a record a layer, (dev, test) of each."""
+    qbe = {"task.name": "qbe", "task.metric": "mtwv", "task.unit": "x 100", "task.higher_is_better": True, "selection.metric": "mtwv",
+           "upstream.num_layers": num_layers, "probe.head": "dtw", "probe.lr": 0.0, "probe.steps": 0, "probe.seed": 0}  # fmt: skip
+    return [
+        make(dev=dev, test=test, **qbe, **{"probe.layer": layer}, layer_weights=None)
+        for layer, (dev, test) in scores.items()
+    ]
+
+
+def test_dev_chooses_the_layer_of_a_task_without_training(make_record: Make) -> None:
+    row = leaderboard(layers_of_qbe(make_record, {0: (5.0, 9.0), 1: (7.0, 6.0), 2: (7.0, 8.0)})).iloc[0]
+    assert (row["layer"], row["score"], row["layer_choice"], row["edge"]) == ("1 (of 3, by dev)", 6.0, "all", "")
+    some = leaderboard(layers_of_qbe(make_record, {1: (7.0, 6.0)})).iloc[0]
+    assert (some["layer"], some["layer_choice"]) == ("1 (of 1, by dev)", "one")
+
+
+def test_the_slope_of_dev_at_the_end(make_record: Make) -> None:
+    curve = ((100, 9.0), (200, 8.0), (300, 6.0), (400, 4.0))
+    row = leaderboard([make_record(**{"selection.curve": curve})]).iloc[0]
+    assert row["dev_slope"] == pytest.approx(-20.0)  # two points in a hundred updates, over the last three
+    assert leaderboard([make_record()]).iloc[0]["dev_slope"] is None
+
+
+def test_further_metrics_and_speed_are_averaged(make_record: Make) -> None:
+    records = [
+        make_record(**{"probe.seed": s, "score.extra": {"min_dcf": x, f"only_{s}": 1.0}, "cost.audio_s": 100.0 * s,
+                       "cost.extract_s": 10.0})
+        for s, x in ((1, 0.25), (2, 0.75))
+    ]  # fmt: skip
+    row = leaderboard(records).iloc[0]
+    assert row["extra"] == '{"min_dcf": 0.5}'
+    assert row["times_real_time"] == pytest.approx(15.0)
 
 
 def golden_text(make: Make, folder: Path) -> str:

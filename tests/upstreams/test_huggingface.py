@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from superb_probe.errors import RequestError
+from superb_probe.upstreams import huggingface as module
 from superb_probe.upstreams.check import check_upstream, format_checks
 from superb_probe.upstreams.huggingface import TransformersEncoder, build
 from superb_probe.upstreams.torchaudio_stub import install_torchaudio_stub
@@ -28,6 +29,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2-layer": ("Wav2Vec2", {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}),
     "wavlm-layer": ("WavLM", {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_buckets": 16}),
     "wavlm-group": ("WavLM", {"num_buckets": 16}),
+    "xls-r": ("Wav2Vec2", {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "feat_proj_dropout": 0.1}),
     "data2vec": ("Data2VecAudio", {"conv_pos_kernel_size": 5}),
 }
 
@@ -53,7 +55,7 @@ def _wavs() -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_transformers_and_passes_the_contract(tmp_path: Path, family: str) -> None:
     model = _save(tmp_path, family)
-    upstream = build(str(tmp_path))
+    upstream = build(str(tmp_path), waveform_norm="utterance")
     together = upstream.extract(_wavs())
     assert together.states.shape == (3, 4, 27, 32)
     for row, wav in enumerate(_wavs()):
@@ -75,16 +77,111 @@ def test_running_unequal_lengths_together_would_be_caught(tmp_path: Path, family
     assert not next(result for result in check_upstream(upstream) if result.name == "batch").passed
 
 
-def test_do_normalize_decides_the_waveform_norm(tmp_path: Path) -> None:
-    _save(tmp_path, "hubert-group", do_normalize=False)
-    plain = build(str(tmp_path))
-    assert plain.info.waveform_norm == "none"
-    normalised = build(str(tmp_path), waveform_norm="utterance")
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("hubert-group", "none"),
+        ("wavlm-group", "none"),
+        ("wavlm-layer", "utterance"),
+        ("xls-r", "utterance"),
+        ("data2vec", "utterance"),
+    ],
+)
+def test_the_original_recipe_decides_the_waveform_norm(tmp_path: Path, family: str, recipe: str) -> None:
+    _save(tmp_path, family, do_normalize=recipe == "none")  # the preprocessor says the contrary
+    upstream = build(str(tmp_path))
+    assert upstream.info.waveform_norm == recipe
+    assert "original recipe" in upstream.notes[0] and "preprocessor_config.json says" in upstream.notes[0]
+    other = {"none": "utterance", "utterance": "none"}[recipe]
+    overridden = build(str(tmp_path), waveform_norm=other)
+    assert overridden.info.waveform_norm == other and "as asked" in overridden.notes[0]
     wav = _wavs()[0]
-    assert not torch.allclose(plain.extract([wav]).states, normalised.extract([wav]).states, atol=1e-3)
+    assert not torch.allclose(upstream.extract([wav]).states, overridden.extract([wav]).states, atol=1e-3)
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(RequestError, match="waveform_norm"):
+    assert build(str(tmp_path)).info.waveform_norm == recipe and build(str(tmp_path)).notes == ()
+
+
+def test_an_unknown_family_follows_its_preprocessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(tmp_path, "hubert-group", do_normalize=True)
+    monkeypatch.setattr(module, "RECIPE_FAMILIES", ())
+    assert build(str(tmp_path)).info.waveform_norm == "utterance"
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(RequestError, match="--upstream-option waveform_norm"):
         build(str(tmp_path))
+
+
+def _save_whisper(folder: Path) -> Any:
+    install_torchaudio_stub()
+    import transformers
+
+    special = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes = {
+        f"{part}_{what}": value for part in ("encoder", "decoder") for what, value in (("layers", 1), ("ffn_dim", 16))
+    }
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(d_model=16, num_mel_bins=80, **special, **sizes, **heads)
+    model = transformers.WhisperModel(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_whisper_equals_transformers_and_passes_the_contract(tmp_path: Path) -> None:
+    import transformers
+
+    model = _save_whisper(tmp_path)
+    upstream = build(str(tmp_path))
+    assert upstream.info.num_layers == 2 and upstream.info.hop_samples == 320 and "30 s" in upstream.notes[0]
+    wavs = _wavs()[:2]
+    got = upstream.extract(wavs)
+    extractor = transformers.WhisperFeatureExtractor()
+    for row, wav in enumerate(wavs):
+        features = extractor(wav.numpy(), sampling_rate=16000, return_tensors="pt").input_features
+        assert (upstream.features(wav) - features[0]).abs().max() < 1e-4
+        with torch.no_grad():
+            hidden = torch.stack(model.encoder(features, output_hidden_states=True).hidden_states)[:, 0]
+        frames = len(wav) // 320
+        assert int(got.num_frames[row]) == frames
+        assert (got.states[:, row, :frames] - hidden[:, :frames]).norm() / hidden[:, :frames].norm() < 1e-4
+    results = check_upstream(upstream)
+    assert all(result.passed for result in results), format_checks(results)
+
+
+def test_whisper_hears_more_than_30_s_in_pieces(tmp_path: Path) -> None:
+    _save_whisper(tmp_path)
+    upstream = build(str(tmp_path))
+    wav = 0.1 * torch.randn(480_000 + 1000, generator=torch.Generator().manual_seed(0))
+    whole = upstream.extract([wav]).states[:, 0]
+    first, rest = (upstream.extract([piece]).states[:, 0] for piece in (wav[:480_000], wav[480_000:]))
+    assert whole.shape[1] == 1503 and torch.equal(whole, torch.cat([first, rest], dim=1))
+
+
+def test_w2v_bert_equals_transformers_and_passes_the_contract(tmp_path: Path) -> None:
+    install_torchaudio_stub()
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    model = transformers.Wav2Vec2BertModel(transformers.Wav2Vec2BertConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    upstream = build(str(tmp_path))
+    got = upstream.extract([*_wavs()[:2], _wavs()[0][:560]])
+    extractor = transformers.SeamlessM4TFeatureExtractor()
+    for row, wav in enumerate(_wavs()[:2]):  # 54 and 29 windows: an odd one, whose last frame transformers masks
+        inputs = extractor(wav.numpy(), sampling_rate=16000, return_tensors="pt")
+        with torch.no_grad():
+            hidden = torch.stack(model(**inputs, output_hidden_states=True).hidden_states)[:, 0]
+        frames = int(inputs.attention_mask.sum())
+        quiet = extractor(1e-6 * wav.numpy(), sampling_rate=16000, return_tensors="pt").input_features[:, :frames]
+        assert (
+            upstream.features(1e-6 * wav[None]) - quiet
+        ).abs().max() < 1e-2  # where the floor under the energies tells
+        assert int(got.num_frames[row]) == frames
+        assert (got.states[:, row, :frames] - hidden[:, :frames]).norm() / hidden[:, :frames].norm() < 1e-4
+    results = check_upstream(upstream)
+    assert all(result.passed for result in results), format_checks(results)
+    with pytest.raises(RequestError, match="takes waveforms as they are"):
+        build(str(tmp_path), waveform_norm="utterance")
 
 
 def test_info_comes_from_the_folder(tmp_path: Path) -> None:

@@ -104,9 +104,17 @@ def test_a_frame_too_many_is_not_cut() -> None:
 
 
 @pytest.mark.skipif(HAS_S3PRL, reason="s3prl is installed")
-def test_without_s3prl_it_says_what_to_install() -> None:
+def test_without_s3prl_it_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"pip install 'superb-probe\[s3prl\]'"):
         build("fbank")
+    for line in (
+        "from ..interfaces import UpstreamBase",
+        "import s3prl.hub",
+        "from s3prl.upstream.interfaces import UpstreamBase",
+    ):
+        (tmp_path / "expert.py").write_text(line)
+        with pytest.raises(RequestError, match=r"pip install 'superb-probe\[s3prl\]'"):
+            build(str(tmp_path))
 
 
 @needs_s3prl
@@ -136,6 +144,100 @@ def test_s3prl_hubert_equals_ours(shared: Path) -> None:
 def test_a_name_s3prl_does_not_have_gets_the_nearest() -> None:
     with pytest.raises(RequestError, match="Did you mean hubert"):
         build("huberd")
+
+
+EXPERT = """
+import torch
+from .layers import SCALE
+
+class UpstreamExpert(torch.nn.Module):
+    def __init__(self, ckpt=None, model_config=None, **kwargs):
+        super().__init__()
+        value = 1.0 if ckpt is None else float(open(ckpt).read())
+        self.scale = torch.nn.Parameter(torch.tensor(value * SCALE))
+
+    def get_downsample_rates(self, key):
+        return 160
+
+    def forward(self, wavs):
+        frames = [wav.unfold(0, 400, 160)[:, :4] * self.scale for wav in wavs]
+        return {"hidden_states": [torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)] * 2}
+"""
+HUBCONF = """
+from .expert import UpstreamExpert as _UpstreamExpert
+
+def mine(*args, **kwargs):
+    return _UpstreamExpert(*args, **kwargs)
+"""
+
+
+def _folder(tmp_path: Path, hubconf: str | None = HUBCONF, scale: float = 2.0) -> Path:
+    folder = tmp_path / "my-upstream"
+    folder.mkdir(exist_ok=True)
+    (folder / "expert.py").write_text(EXPERT)
+    (folder / "layers.py").write_text(f"SCALE = {scale}\n")
+    if hubconf is not None:
+        (folder / "hubconf.py").write_text(hubconf)
+    return folder
+
+
+@pytest.mark.parametrize("hubconf", [HUBCONF, None])
+def test_a_folder_with_its_own_expert_is_an_upstream(tmp_path: Path, hubconf: str | None) -> None:
+    folder = _folder(tmp_path, hubconf)
+    upstream = build(str(folder))
+    wav = torch.arange(2000.0) / 2000
+    assert torch.equal(upstream.extract([wav]).states[1, 0], wav.unfold(0, 400, 160)[:, :4] * 2)
+    results = check_upstream(upstream)
+    assert all(result.passed for result in results), format_checks(results)
+    (tmp_path / "weights.txt").write_text("3.0")
+    loaded = build(str(folder), str(tmp_path / "weights.txt"))
+    assert torch.equal(loaded.extract([wav]).states[1, 0], wav.unfold(0, 400, 160)[:, :4] * 6)
+    assert loaded.info.revision != upstream.info.revision
+
+
+def test_a_folder_whose_code_changed_is_another_upstream(tmp_path: Path) -> None:
+    before = build(str(_folder(tmp_path)))
+    assert build(str(_folder(tmp_path))).info.revision == before.info.revision
+    (tmp_path / "my-upstream" / "expert.py").write_text(EXPERT.replace("[:, :4]", "[:, 4:8]"))
+    after = build(str(tmp_path / "my-upstream"))
+    assert after.info.revision != before.info.revision
+    wav = torch.arange(2000.0)
+    assert not torch.equal(after.extract([wav]).states, before.extract([wav]).states)  # it is the new code that runs
+
+
+def test_one_of_several_functions_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, HUBCONF + "\ndef mine_large(ckpt):\n    return _UpstreamExpert(ckpt)\n")
+    assert build(f"{folder}:mine").info.num_layers == 2
+    with pytest.raises(RequestError, match="hubconf.py has 2 functions. Fix: .* one of mine, mine_large"):
+        build(str(folder))
+    with pytest.raises(RequestError, match="no function 'mine_larg'. Did you mean mine_large"):
+        build(f"{folder}:mine_larg")
+    with pytest.raises(RequestError, match="its code fails: TypeError: .*give --checkpoint FILE"):
+        build(f"{folder}:mine_large")
+
+
+def test_a_folder_that_is_no_upstream_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"no expert.py or hubconf.py in .*; it has nothing"):
+        build(str(tmp_path))
+    with pytest.raises(RequestError, match="no expert.py or hubconf.py"):
+        build("./nowhere")
+    folder = _folder(tmp_path, "def mine():\n    return 3\n")
+    with pytest.raises(RequestError, match="it gave int, not a torch.nn.Module with get_downsample_rates"):
+        build(str(folder))
+    with pytest.raises(RequestError, match="no random weights for a folder"):
+        build(str(folder), random=1)
+    (folder / "hubconf.py").unlink()
+    (folder / "expert.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(RequestError, match="ModuleNotFoundError: No module named 'nothing_of_that_name'"):
+        build(str(folder))
+
+
+@needs_s3prl
+def test_a_folder_may_import_from_s3prl_beside_it(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    text = EXPERT.replace("import torch\n", "import torch\nfrom ..interfaces import UpstreamBase\n", 1)
+    (folder / "expert.py").write_text(text.replace("torch.nn.Module)", "UpstreamBase)"))
+    assert build(str(folder)).info.num_layers == 2
 
 
 def _fake_torchaudio(folder: Path, extension: str) -> None:

@@ -108,6 +108,20 @@ def test_the_fused_waveform_convolution_equals_the_plain_one() -> None:
     assert found.shape == expected.shape and relative(found, expected) < 1e-6
 
 
+@cuda
+@needs_gpu
+def test_the_fused_convolution_and_norm_equal_the_plain_ones() -> None:
+    layer = hubert.ConvLayer(1, 96, 10, 5, True, "layer").cuda()
+    wavs = torch.randn(2, 3001, 1, device="cuda")
+    with torch.no_grad():
+        for part in layer.parameters():
+            part.normal_()
+        found = layer(wavs, [599, 599])
+        expected = layer.double()(wavs.double(), [599, 599])
+        assert found.shape == expected.shape and relative(found, expected) < 1e-6
+        assert relative(layer.float()(wavs.roll(1, 1), [599, 599]), expected) > 1e-2
+
+
 def test_the_positional_convolution_as_a_matrix_product() -> None:
     for causal in (False, True):
         conv = hubert.PositionalConv(24, 16, 4, causal)

@@ -1,0 +1,188 @@
+"""The command that times: `bench probing`, `bench weighted-sum`, `bench extraction`, `bench sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from superb_probe.errors import RequestError
+
+PROBING_TASKS = ("ic", "pr", "asr", "asv")
+
+
+def add_commands(subparsers: Any) -> None:
+    """Add `bench`."""
+    bench = subparsers.add_parser(
+        "bench",
+        help="time this project on this machine, against s3prl and against its own parts",
+        description="Ratios from one run on this machine; docs/benchmarks.md says what each one measures.",
+        epilog="examples:\n"
+        "  superb-probe bench sweep --device cuda\n"
+        "  superb-probe bench probing --task ic pr --limit 60 --peer-python .venv-s3prl/bin/python",
+    )
+    kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
+    _add_probing(kinds)
+    _add_parts(kinds)
+
+
+def _add_probing(kinds: Any) -> None:
+    probing = kinds.add_parser(
+        "probing",
+        help="against s3prl 0.4.18: same corpus, encoder, updates, learning rates",
+        description="Train a task's learning rates here and in s3prl, and compare time, encoder passes, memory and scores.",
+    )
+    _common(probing)
+    probing.add_argument("--task", nargs="+", default=list(PROBING_TASKS), help="default: ic pr asr asv")
+    probing.add_argument("--updates", type=int, default=2000, help="of both sides (default: 2000)")
+    probing.add_argument(
+        "--peer-updates",
+        type=int,
+        default=100,
+        metavar="N",
+        help="of s3prl that are run; the rest is scaled (default: 100)",
+    )
+    probing.add_argument("--peer-python", metavar="PATH", help="interpreter of the environment that has s3prl")
+    probing.add_argument("--peer-driver", type=Path, metavar="FILE", help="tools/s3prl_peer.py of a checkout")
+    probing.add_argument("--lr", nargs="+", type=float, help="learning rates (default: SUPERB's five)")
+    probing.add_argument("--seed", nargs="+", type=int, default=[1], help="of this project's side (default: 1)")
+    probing.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of one side of one task")
+    probing.set_defaults(handler=run_probing)
+
+
+def _add_parts(kinds: Any) -> None:
+    weighted = kinds.add_parser(
+        "weighted-sum",
+        help="forward and backward against the time its bytes need",
+        description="The weighted sum over (L, B, T, D), forward and backward, against a copy of as many bytes.",
+    )
+    _common(weighted, encoder=False)
+    weighted.add_argument(
+        "--shape",
+        nargs=4,
+        type=int,
+        metavar=("L", "B", "T", "D"),
+        help="default: 13 32 750 768 on a GPU, 13 4 200 768 on a CPU",
+    )
+    weighted.set_defaults(handler=run_weighted_sum)
+
+    extraction = kinds.add_parser(
+        "extraction",
+        help="FLAC on disk to a weighted-sum training batch, against the encoder alone",
+        description="Seconds of audio a second: decoding, encoding, storing and reading, and all of it together.",
+    )
+    _common(extraction)
+    extraction.add_argument("--dtype", default="float32", help="the encoder's number format (default: float32)")
+    extraction.set_defaults(handler=run_extraction)
+
+    sweep = kinds.add_parser(
+        "sweep",
+        help="a sweep of IC, 5 rates x 5 seeds, against one encoder pass; --layer all against the weighted sum",
+        description="A whole sweep, decoding and writing included, against one pass of the encoder over the corpus.",
+    )
+    _common(sweep)
+    sweep.add_argument("--task", default="ic", help="default: ic")
+    sweep.add_argument("--updates", type=int, help="default: SUPERB's own number")
+    sweep.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
+    sweep.add_argument("--no-layers", action="store_true", help="leave --layer all out")
+    sweep.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of one run")
+    sweep.set_defaults(handler=run_sweep)
+
+
+def _common(parser: Any, encoder: bool = True) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON document here too")
+    if encoder:
+        parser.add_argument("--size", default="base", help="of the encoder with random weights (default: base)")
+        parser.add_argument(
+            "--checkpoint", type=Path, metavar="FILE", help="a Transformer HuBERT instead of random weights"
+        )
+        parser.add_argument(
+            "--limit", type=int, metavar="N", help="training utterances, spread over the embedded corpus"
+        )
+        parser.add_argument("--work", type=Path, metavar="DIR", help="keep manifests, WAVs, logs and stores here")
+
+
+def run_probing(args: argparse.Namespace) -> int:
+    """Bench a task's sweep against s3prl."""
+    from superb_probe import bench_probing
+    from superb_probe.bench_peer import DRIVER
+    from superb_probe.engine_ask import choose_device
+
+    bench_probing.check_request(args.task, args.updates, args.peer_updates, args.limit)
+
+    def measure(folder: Path) -> dict[str, Any]:
+        request = bench_probing.Request(
+            tasks=tuple(dict.fromkeys(args.task)),
+            updates=args.updates,
+            peer_updates=args.peer_updates,
+            limit=args.limit,
+            device=choose_device(args.device),
+            size=args.size,
+            checkpoint=args.checkpoint,
+            lr=args.lr,
+            seeds=args.seed,
+            peer_python=args.peer_python,
+            folder=folder,
+            driver=args.peer_driver or DRIVER,
+            threads=args.threads,
+            timeout_s=args.timeout,
+        )
+        return bench_probing.bench_probing(request)
+
+    return _report(args, measure, bench_probing.describe, args.work)
+
+
+def run_weighted_sum(args: argparse.Namespace) -> int:
+    """Bench the weighted sum."""
+    from superb_probe import bench_parts
+
+    return _report(args, lambda folder: bench_parts.bench_weighted_sum(args), bench_parts.describe_weighted_sum, None)
+
+
+def run_extraction(args: argparse.Namespace) -> int:
+    """Bench the way from FLAC to a training batch."""
+    from superb_probe import bench_parts
+
+    return _report(
+        args, lambda folder: bench_parts.bench_extraction(args, folder), bench_parts.describe_extraction, args.work
+    )
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    """Bench a sweep against one encoder pass."""
+    from superb_probe import bench_parts
+
+    return _report(args, lambda folder: bench_parts.bench_sweep(args, folder), bench_parts.describe_sweep, args.work)
+
+
+def _report(
+    args: argparse.Namespace,
+    measure: Callable[[Path], dict[str, Any]],
+    describe: Callable[[Any], list[str]],
+    work: Path | None,
+) -> int:
+    """Measure in a folder that goes away (or in --work), print lines or JSON, and write the document if asked."""
+    import json
+
+    from superb_probe.commands_output import print_json, stdout_to_stderr
+
+    if args.out is not None and not args.out.parent.is_dir():
+        raise RequestError(f"--out {args.out}: no folder {args.out.parent}. Fix: make it first")
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    with stdout_to_stderr(args.json), tempfile.TemporaryDirectory(prefix="superb-probe-bench-") as temporary:
+        result = measure(Path(work) if work is not None else Path(temporary))
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        print_json(result)
+    else:
+        print("\n".join(describe(result)))
+    return 0
