@@ -97,8 +97,9 @@ def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
         flags["manifest"] = {
             key: Path(path).expanduser() for key, path in pairs(flags["manifest"], "--manifest").items()
         }
-    if flags["upstream_option"] is not None:
-        flags["upstream_option"] = option_values(flags["upstream_option"])
+    for name in ("upstream_option", "head_option"):
+        if flags[name] is not None:
+            flags[name] = option_values(flags[name], f"--{name.replace('_', '-')}")
     sweep = read_sweep(Path(args.config)) if args.config else {}
     arguments = resolve(flags, sweep, settings)
     needed = ("upstream",) if arguments.get("tier") else ("upstream", "task")
@@ -110,8 +111,8 @@ def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return arguments
 
 
-def option_values(texts: Sequence[str]) -> dict[str, Any]:
-    """Options of an upstream, each value read as a YAML scalar.
+def option_values(texts: Sequence[str], flag: str = "--upstream-option") -> dict[str, Any]:
+    """Options of an upstream or a head, each value read as a YAML scalar.
 
     >>> option_values(["strict_causal=true", "layers=3", "eps=1e-5", "mode=x"])
     {'strict_causal': True, 'layers': 3, 'eps': 1e-05, 'mode': 'x'}
@@ -119,7 +120,7 @@ def option_values(texts: Sequence[str]) -> dict[str, Any]:
     import yaml
 
     options: dict[str, Any] = {}
-    for name, text in pairs(texts, "--upstream-option").items():
+    for name, text in pairs(texts, flag).items():
         value = yaml.safe_load(text)
         if isinstance(value, str):
             try:  # YAML reads 1e-5 as text

@@ -30,6 +30,7 @@ def run(
     manifest: Mapping[str, Path] | None = None,
     root: Path | None = None,
     head: str | None = None,
+    head_option: Mapping[str, Any] | None = None,
     layer: int | Literal["all"] | None = None,
     layer_norm: bool = False,
     feature_dtype: str = "float16",
@@ -66,6 +67,7 @@ def run(
         manifest: your own data: TSVs by "train", "dev", "test", "trials", "dev_trials".
         root: what the manifests' audio is relative to; None: each TSV's own folder.
         head: the head, by name; None: the task's.
+        head_option: options of the head, e.g. {"width": 256} or, for ASR, {"lm": "3-gram.arpa"}; deviations, which the record names.
         layer: read one layer instead of the weighted sum of all; "all": one probe a layer beside the weighted sum.
         layer_norm: normalise every frame of every layer first.
         feature_dtype: type the states are kept in: "float16", "bfloat16", "float32" or "int8".

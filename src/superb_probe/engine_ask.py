@@ -36,6 +36,7 @@ class Request:
     manifest: Mapping[str, Path] | None
     root: Path | None
     head: str | None
+    head_option: Mapping[str, Any] | None
     layer: int | str | None
     layer_norm: bool
     feature_dtype: str

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -259,6 +260,32 @@ def with_head(question: Question, head: str) -> Question:
     return replace(question, budget=question.budget.for_head(head), deviations=(*question.deviations, told))
 
 
+def with_head_options(question: Question, options: Mapping[str, Any]) -> Question:
+    """The question with options of the head changed, which its deviations say.
+
+    Raises:
+        RequestError: for a task without a trained head.
+    """
+    if not question.task.info.trained:
+        raise RequestError(f"--head-option: {question.task.info.name} trains no head. Fix: leave it out")
+    told = "head options " + ", ".join(f"{key}={value}" for key, value in identified(options).items())
+    budget = replace(question.budget, head={**question.budget.head, **options})
+    return replace(question, budget=budget, deviations=(*question.deviations, told))
+
+
+def identified(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a record keeps them: a file by its name and the digest of its bytes, so that another file is another run.
+
+    >>> identified({"width": 128, "lm": "no-such-file"})
+    {'width': 128, 'lm': 'no-such-file'}
+    """
+    kept = dict(options)
+    for key, value in options.items():
+        if isinstance(value, str | Path) and Path(value).is_file():
+            kept[key] = f"{Path(value).name}@sha256:{hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
+    return kept
+
+
 def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> Job:
     """The trials' common part for one upstream and one question.
 
@@ -269,6 +296,8 @@ def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> 
     second = head is not None and head in task.info.heads[1:]
     if second:
         question = with_head(question, str(head))
+    if request.head_option:
+        question = with_head_options(question, request.head_option)
     layers = choose_layers(request.layer, info.num_layers, task, info.name)
     made = task.head(info.dim, question.folds[0].labels, dict(question.budget.head)) if task.info.trained else None
     chosen_head = str(head) if second or made is None else head_name(made)
@@ -281,7 +310,11 @@ def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> 
         )
     crops, crops_anew = choose_crops(question, request)
     budget = question.budget
-    options: dict[str, Any] = {**budget.head, "accumulate": budget.accumulate, "evaluate_every": budget.evaluate_every}
+    options: dict[str, Any] = {
+        **identified(budget.head),
+        "accumulate": budget.accumulate,
+        "evaluate_every": budget.evaluate_every,
+    }
     if budget.max_crop_s is not None:
         options["max_crop_s"] = budget.max_crop_s
     if crops or crops_anew:

@@ -74,6 +74,13 @@ RUN_FLAGS = (
     Flag("root", "path", "folder that audio paths of the manifests start from (default: each manifest's own)"),
     Flag("head", "text", "another head than the task's own"),
     Flag(
+        "head_option",
+        "options",
+        "options of the head, e.g. width=256, or for asr lm=FILE",
+        True,
+        metavar="NAME=VALUE",
+    ),
+    Flag(
         "layer",
         "layer",
         "read one layer (0 is the first encoder layer's input) instead of the weighted sum; all: one probe a layer beside it",
