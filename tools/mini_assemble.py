@@ -21,7 +21,7 @@ import soundfile
 import soxr
 from mini_model import FRAME_S, SYNTHESIS_RATE_HZ, Packages, Segment, align, spell
 from mini_ogg import set_serial
-from mini_text import place, read_utterances
+from mini_text import SLOTS, place, read_utterances
 from mini_voices import SAMPLE_RATE_HZ, WITHDRAWN, Speaker, read_speakers
 from scipy.signal import butter, fftconvolve, sosfilt
 
@@ -33,14 +33,43 @@ BEFORE_S, AFTER_S = 0.02, 0.05  # kept around the first and the last phone
 END_OF_SOUND_DB = -45.0  # below the loudest 10 ms: where the last phone ends
 OPUS_COMPRESSION = 0.94  # soundfile's scale from 0 to 1; about 24 kbit/s
 # Commands are short, and a mean over time is all that their probe reads: disturbances as strong as the sentences' drown it.
-SNR_DB = {"read": (8.0, 30.0), "commands": (25.0, 40.0)}
-STRENGTH = {"read": 1.0, "commands": 0.2}  # of tilt and gain, and of the shares with a room and a telephone band
-SPLITS = ("train", "dev", "test")
-STYLES = {
-    "read": ("speaker", "text", "phones"),
-    "commands": ("speaker", "text", "slot_action", "slot_object", "slot_location"),
+SNR_DB = {
+    "read": (8.0, 30.0),
+    "phrases": (25.0, 40.0),
+    "commands": (25.0, 40.0),
+    "words": (15.0, 35.0),
+    "slots": (12.0, 30.0),
+    "styles": (12.0, 30.0),
+    "queries": (15.0, 30.0),
+    "mixtures": (12.0, 30.0),
 }
+# Of tilt and gain, and of the shares with a room and a telephone band.
+STRENGTH = {
+    "read": 1.0,
+    "phrases": 0.2,
+    "commands": 0.2,
+    "words": 0.4,
+    "slots": 0.6,
+    "styles": 0.3,
+    "queries": 0.5,
+    "mixtures": 0.6,
+}
+# Loudness of a speaking style and how much its spectrum rises per octave (loud voices have stronger high frequencies), in dB.
+EFFORT_DB = {"plain": (0.0, 0.0), "lively": (3.0, 0.4), "forceful": (6.0, 1.0), "subdued": (-5.0, -1.0)}
+EFFORT_JITTER_DB = 3.0
+SPLITS = ("train", "dev", "test")
+LABELS = {
+    "read": ("speaker", "text", "phones"),
+    "phrases": ("speaker", "text", *SLOTS),
+    "commands": ("speaker", "text", *SLOTS),
+    "words": ("speaker", "keyword", "text"),
+    "slots": ("speaker", "text", "iob"),
+    "styles": ("speaker", "emotion", "text"),
+    "queries": ("speaker", "text"),
+}
+FOLDERS = {"phrases": "commands"}  # of audio, where the style has not its own
 DISTURBANCES = ("snr_db", "noise", "hum", "room_s", "band", "tilt_db", "gain_db", "speed", "rate")
+MELODY = ("pitch", "spread", "effort_db")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +184,31 @@ def reverberate(speech: np.ndarray, disturbance: Disturbance, generator: np.rand
     return fftconvolve(speech, response)[: len(speech)]
 
 
-def microphone(audio: np.ndarray, disturbance: Disturbance) -> np.ndarray:
-    """Audio (S,) through the tilted response and any telephone band; causal, so speech does not leak to before it."""
+def tilted(audio: np.ndarray, slope_db: float) -> np.ndarray:
+    """Audio (S,) whose spectrum rises by `slope_db` an octave around 1 kHz."""
     # A first-order shelf from 100 Hz to 7 kHz, as a minimum-phase filter made from its cepstrum.
     points = 4096
     frequencies = np.clip(np.fft.rfftfreq(points, 1 / SAMPLE_RATE_HZ), 100.0, 7000.0)
-    log_response = disturbance.tilt_db * np.log2(frequencies / 1000.0) * np.log(10) / 20
+    log_response = slope_db * np.log2(frequencies / 1000.0) * np.log(10) / 20
     cepstrum = np.fft.irfft(log_response)
     cepstrum[1 : points // 2] *= 2
     cepstrum[points // 2 + 1 :] = 0
     response = np.fft.irfft(np.exp(np.fft.rfft(cepstrum)))[:1024]
-    audio = fftconvolve(audio, response)[: len(audio)]
+    return fftconvolve(audio, response)[: len(audio)]
+
+
+def effort(row: dict[str, str]) -> tuple[float, float]:
+    """How loud an utterance is spoken and its spectrum's slope, in dB and dB an octave: 0 and 0 but for the styles."""
+    if row["style"] != "styles":
+        return 0.0, 0.0
+    loud_db, slope_db = EFFORT_DB[row["emotion"]]
+    generator = generator_of(f"{row['id']} effort")
+    return round(loud_db + generator.uniform(-EFFORT_JITTER_DB, EFFORT_JITTER_DB), 1), slope_db
+
+
+def microphone(audio: np.ndarray, disturbance: Disturbance) -> np.ndarray:
+    """Audio (S,) through the tilted response and any telephone band; causal, so speech does not leak to before it."""
+    audio = tilted(audio, disturbance.tilt_db)
     if disturbance.telephone:
         band = butter(4, (300.0, 3400.0), "bandpass", fs=SAMPLE_RATE_HZ, output="sos")
         audio = sosfilt(band, audio)
@@ -226,7 +269,10 @@ def finish(
     speech = soxr.resample(clean[begin:end], SYNTHESIS_RATE_HZ * factor, SAMPLE_RATE_HZ, quality="HQ").astype(
         np.float64
     )
-    speech *= decibels(SPEECH_LEVEL_DB) / level(speech)
+    loud_db, slope_db = effort(row)
+    if slope_db:
+        speech = tilted(speech, slope_db)
+    speech *= decibels(SPEECH_LEVEL_DB + loud_db) / level(speech)
     lead, trail = (round(seconds * SAMPLE_RATE_HZ) for seconds in (disturbance.lead_s, disturbance.trail_s))
     padded = np.pad(speech, (lead, trail))
     padded = reverberate(padded, disturbance, generator)
@@ -278,41 +324,91 @@ def trials(rows: list[dict[str, str]], sex_of: dict[str, str], generator: np.ran
     return sorted(listed, key=lambda trial: (trial["id_a"], trial["id_b"]))
 
 
-def assemble(cache: Path, corpus: Path, packages: Packages, *, complete: bool) -> None:
-    """Write audio, manifests, alignments and trials."""
+def write_audio(target: Path, audio: np.ndarray, name: str) -> None:
+    """An Opus file whose bytes depend on the samples and the name alone."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(target, audio, SAMPLE_RATE_HZ, format="OGG", subtype="OPUS", compression_level=OPUS_COMPRESSION)
+    set_serial(target, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+
+
+def seconds(samples: int) -> str:
+    """A duration as the manifests write it."""
+    text = f"{samples / SAMPLE_RATE_HZ:.7f}".rstrip("0")
+    return text + "0" if text.endswith(".") else text
+
+
+ALIGNMENT = ("id", "phones", "starts_ms", "words", "word_starts_ms", "word_ends_ms")
+TIMES = ("duration_s", "timed_phones", "starts_ms", "word_starts_ms", "word_ends_ms")
+
+
+def made_before(corpus: Path) -> dict[str, dict[str, str]]:
+    """What the corpus' tables say of the utterances whose audio is there: duration and alignment, by id."""
+    made: dict[str, dict[str, str]] = {}
+    for path in sorted(corpus.glob("alignments.*.tsv")):
+        made |= {row["id"]: {**row, "timed_phones": row["phones"]} for row in read_utterances(path)}
+    for path in sorted(corpus.glob("*.tsv")):
+        for row in read_utterances(path):
+            whole = row.get("start_s") == "0.0"  # a stretch does not tell the file's duration
+            if whole and row["id"] in made and (corpus / row["audio"]).exists():
+                made[row["id"]] |= {"audio": row["audio"], "duration_s": row["duration_s"]}
+    return {name: row for name, row in made.items() if "audio" in row}
+
+
+def make(row: dict[str, str], relative: str, cache: Path, corpus: Path, packages: Packages) -> dict[str, str]:
+    """Write one utterance's audio; returns its duration and alignment."""
+    with np.load(cache / "clean" / f"{row['id']}.npz") as stored:
+        clean, frames = stored["audio"].astype(np.float32) / 32767, stored["frames"].astype(np.int64)
+    finished = finish(row, clean, frames, packages.pronunciations)
+    write_audio(corpus / relative, finished.audio, row["id"])
+    return {
+        "duration_s": seconds(len(finished.audio)),
+        "timed_phones": " ".join(phone.label for phone in finished.phones),
+        "starts_ms": milliseconds([phone.start_s for phone in finished.phones]),
+        "word_starts_ms": milliseconds([word.start_s for word in finished.words]),
+        "word_ends_ms": milliseconds([word.end_s for word in finished.words]),
+    }
+
+
+def assemble(
+    cache: Path, corpus: Path, packages: Packages, *, complete: bool, resume: bool = False
+) -> list[dict[str, str]]:
+    """Write the utterances' audio; returns their rows with everything that any table says of them.
+
+    Args:
+        cache: with utterances.tsv and clean/.
+        corpus: the folder to write into.
+        packages: for the dictionary.
+        complete: whether an utterance missing from the cache is an error; else it is left out.
+        resume: whether audio that is there, and in the tables, is kept as it is.
+    """
+    made = made_before(corpus) if resume else {}
     done: list[dict[str, str]] = []
-    shutil.rmtree(corpus / "audio", ignore_errors=True)
     for row in read_utterances(cache / "utterances.tsv"):
         source = cache / "clean" / f"{row['id']}.npz"
         if place(row) > 1 or (not complete and not source.exists()):
             continue
-        with np.load(source) as stored:
-            clean, frames = stored["audio"].astype(np.float32) / 32767, stored["frames"].astype(np.int64)
-        finished = finish(row, clean, frames, packages.pronunciations)
-        relative = f"audio/{row['style']}/{row['speaker']}/{row['id']}.opus"
-        target = corpus / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(
-            target, finished.audio, SAMPLE_RATE_HZ, format="OGG", subtype="OPUS", compression_level=OPUS_COMPRESSION
-        )
-        set_serial(target, int.from_bytes(hashlib.sha256(row["id"].encode()).digest()[:4], "big"))
-        labels = [phone.label for phone in finished.phones]
+        relative = f"audio/{FOLDERS.get(row['style'], row['style'])}/{row['speaker']}/{row['id']}.opus"
+        known = made.get(row["id"]) or make(row, relative, cache, corpus, packages)
         done.append(
             {
                 **row,
+                **{name: known[name] for name in TIMES},
                 **Disturbance.draw(generator_of(row["id"]), row["style"]).columns(),
+                "effort_db": f"{effort(row)[0]:.1f}",
                 "audio": relative,
                 "start_s": "0.0",
-                "duration_s": f"{len(finished.audio) / SAMPLE_RATE_HZ:.7f}".rstrip("0"),
+                "spoken": row["text"],
                 "text": row["text"].replace(",", "").upper(),
-                "phones": " ".join(label for label in labels if label != "SIL"),
-                "timed_phones": " ".join(labels),
-                "starts_ms": milliseconds([phone.start_s for phone in finished.phones]),
-                "word_starts_ms": milliseconds([word.start_s for word in finished.words]),
-                "word_ends_ms": milliseconds([word.end_s for word in finished.words]),
+                "phones": " ".join(label for label in known["timed_phones"].split() if label != "SIL"),
             }
         )
-    write_tables(done, read_speakers(cache / "speakers.tsv"), corpus)
+    return done
+
+
+def columns_of(style: str) -> tuple[str, ...]:
+    """The columns of a style's manifests."""
+    melody = MELODY if style == "styles" else ()
+    return ("id", "audio", "start_s", "duration_s", *LABELS[style], *DISTURBANCES, *melody)
 
 
 def write_tables(done: list[dict[str, str]], speakers: list[Speaker], corpus: Path) -> None:
@@ -332,12 +428,12 @@ def write_tables(done: list[dict[str, str]], speakers: list[Speaker], corpus: Pa
     sex_of = {speaker.id: speaker.sex for speaker in kept}
     for split in SPLITS:
         rows = [row for row in done if row["split"] == split]
-        for style, labels in STYLES.items():
-            columns = ("id", "audio", "start_s", "duration_s", *labels, *DISTURBANCES)
-            write_table(corpus / f"{style}.{split}.tsv", columns, [row for row in rows if row["style"] == style])
+        for style in LABELS:
+            if style not in ("styles", "queries"):
+                chosen = [row for row in rows if row["style"] == style]
+                write_table(corpus / f"{style}.{split}.tsv", columns_of(style), chosen)
         aligned = [{**row, "phones": row["timed_phones"], "words": row["text"]} for row in rows]
-        columns = ("id", "phones", "starts_ms", "words", "word_starts_ms", "word_ends_ms")
-        write_table(corpus / f"alignments.{split}.tsv", columns, aligned)
+        write_table(corpus / f"alignments.{split}.tsv", ALIGNMENT, aligned)
         if split != "train":
             read = [row for row in rows if row["style"] == "read"]
             generator = np.random.default_rng([SEED, SPLITS.index(split)])
@@ -346,13 +442,23 @@ def write_tables(done: list[dict[str, str]], speakers: list[Speaker], corpus: Pa
 
 def main() -> None:
     """Assemble the corpus."""
+    from mini_more_assemble import write_more
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, required=True, help="folder of the downloaded archives")
     parser.add_argument("--cache", type=Path, required=True, help="folder with utterances.tsv and clean/")
     parser.add_argument("--corpus", type=Path, default=Path("downstreams/mini"))
+    parser.add_argument("--resume", action="store_true", help="keep the audio that is there and in the tables")
     parser.add_argument("--complete", action="store_true", help="an utterance missing from the cache is an error")
     arguments = parser.parse_args()
-    assemble(arguments.cache, arguments.corpus, Packages(arguments.packages), complete=arguments.complete)
+    packages, speakers = Packages(arguments.packages), read_speakers(arguments.cache / "speakers.tsv")
+    if not arguments.resume:
+        shutil.rmtree(arguments.corpus / "audio", ignore_errors=True)
+    shutil.rmtree(arguments.corpus / "rttm", ignore_errors=True)
+    arguments.corpus.mkdir(parents=True, exist_ok=True)
+    done = assemble(arguments.cache, arguments.corpus, packages, complete=arguments.complete, resume=arguments.resume)
+    write_tables(done, speakers, arguments.corpus)
+    write_more(done, arguments.cache, arguments.corpus, packages, resume=arguments.resume)
 
 
 if __name__ == "__main__":

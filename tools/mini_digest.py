@@ -1,4 +1,4 @@
-"""Print the digest of the corpus `mini`: SHA-256 over the sorted lines `<sha256>  <path>` of its audio and tables."""
+"""Print the digest of the corpus `mini`: SHA-256 over the sorted lines `<sha256>  <path>` of its audio, tables and RTTM files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def corpus_digest(corpus: Path) -> str:
     Args:
         corpus: the folder.
     """
-    files = sorted(path for pattern in ("*.tsv", "audio/**/*.opus") for path in corpus.glob(pattern))
+    files = sorted(path for pattern in ("*.tsv", "audio/**/*.opus", "rttm/*.rttm") for path in corpus.glob(pattern))
     lines = sorted(
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(corpus).as_posix()}\n" for path in files
     )

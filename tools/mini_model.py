@@ -14,13 +14,21 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
 
 SYNTHESIS_RATE_HZ = 24_000
 FRAME_S = 0.025
 DURATIONS = "/encoder/Round_output_0"  # duration of every token in frames of 25 ms, inside the graph
 VOICES_WITH_A_DOUBLE = ("pm_santa", "pf_dora", "pm_alex", "am_santa")  # copies of other voices in kokoro-js 1.2.1
+F0 = "/encoder/F0_proj/Conv_output_0"  # pitch in Hz, two values a frame, near 0 where unvoiced
+MELODY = ("pitch", "spread")
+LEAST_PITCH_HZ = 40.0  # below it a frame counts as unvoiced
 LONG_GAP_FRAMES = 4  # a gap between words of 100 ms or more is written as SIL
 
 # ARPAbet to Kokoro's symbols; phones that are missing here are their own small letter.
@@ -233,6 +241,37 @@ class Packages:
         return {word.upper(): tuple(phones.split(" #")[0].split()) for word, phones in entries if "(" not in word}
 
 
+def change_melody(graph: onnx.GraphProto) -> None:
+    """Give the graph inputs `pitch` and `spread`: voiced F0 becomes pitch x (mean + spread x (F0 - mean))."""
+    import onnx
+
+    scalar = onnx.TensorProto.FLOAT
+    graph.input.extend(onnx.helper.make_tensor_value_info(name, scalar, []) for name in MELODY)
+    for name, value in (("least_hz", LEAST_PITCH_HZ), ("little", 1e-6)):
+        graph.initializer.append(onnx.helper.make_tensor(f"melody/{name}", scalar, [], [value]))
+    steps = (
+        ("Greater", (F0, "least_hz"), "voiced"),
+        ("Cast", ("voiced",), "weight"),
+        ("Mul", (F0, "weight"), "weighted"),
+        ("ReduceSum", ("weighted",), "sum"),
+        ("ReduceSum", ("weight",), "count"),
+        ("Add", ("count", "little"), "frames"),
+        ("Div", ("sum", "frames"), "mean"),
+        ("Sub", (F0, "mean"), "deviation"),
+        ("Mul", ("deviation", "spread"), "spread_out"),
+        ("Add", ("mean", "spread_out"), "curve"),
+        ("Mul", ("curve", "pitch"), "moved"),
+        ("Max", ("moved", "least_hz"), "audible"),
+        ("Where", ("voiced", "audible", F0), "result"),
+    )
+    reader = next(index for index, node in enumerate(graph.node) if F0 in node.input)
+    graph.node[reader].input[0] = "melody/result"
+    for offset, (kind, inputs, output) in enumerate(steps):
+        names = [name if name in (F0, *MELODY) else f"melody/{name}" for name in inputs]
+        extra = {"to": scalar} if kind == "Cast" else {}
+        graph.node.insert(reader + offset, onnx.helper.make_node(kind, names, [f"melody/{output}"], **extra))
+
+
 class Synthesiser:
     """Kokoro on one thread: symbols and a style table in, samples and token durations out."""
 
@@ -242,26 +281,41 @@ class Synthesiser:
         Args:
             packages: the archives.
         """
+        self.packages = packages
+        self.vocabulary = packages.vocabulary
+
+    @cached_property
+    def plain(self) -> onnxruntime.InferenceSession:
+        """The model as it is."""
+        return self._session(melody=False)
+
+    @cached_property
+    def sung(self) -> onnxruntime.InferenceSession:
+        """The model with two more inputs, `pitch` and `spread`."""
+        return self._session(melody=True)
+
+    def _session(self, melody: bool) -> onnxruntime.InferenceSession:
         import onnx
         import onnxruntime
 
-        graph = onnx.load_from_string(packages.model_bytes())
+        graph = onnx.load_from_string(self.packages.model_bytes())
         graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(DURATIONS))
+        if melody:
+            change_melody(graph.graph)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.vocabulary = packages.vocabulary
-        self.session = onnxruntime.InferenceSession(
-            graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        self.audio_name = self.session.get_outputs()[0].name
+        return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, symbols: str, style: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, symbols: str, style: np.ndarray, rate: float, melody: tuple[float, float] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Speak.
 
         Args:
             symbols: N symbols.
             style: (510, 256), a voice or a blend.
             rate: speaking rate, 1 is the voice's own.
+            melody: factor on the pitch, and on its deviations from the utterance's mean; None leaves it alone.
 
         Returns:
             Audio at 24 kHz (S,) float32, and (N + 2,) durations in frames.
@@ -272,5 +326,8 @@ class Synthesiser:
             "style": style[min(len(symbols), 509)][None],
             "speed": np.array([rate], np.float32),
         }
-        audio, frames = self.session.run([self.audio_name, DURATIONS], inputs)
+        session = self.plain if melody is None else self.sung
+        if melody is not None:
+            inputs |= {name: np.array(value, np.float32) for name, value in zip(MELODY, melody, strict=True)}
+        audio, frames = session.run([session.get_outputs()[0].name, DURATIONS], inputs)
         return audio.reshape(-1), np.asarray(frames).reshape(-1).astype(np.int64)

@@ -46,7 +46,8 @@ def main() -> None:
         symbols = spell(row["text"], packages.pronunciations)
         # A warped speaker's audio is played `warp` times faster later on: the model speaks that much slower.
         rate = float(row["rate"]) / float(row["warp"])
-        audio, frames = synthesise(symbols.text, packages.voices[row["voice"]], rate)
+        melody = (float(row["pitch"]), float(row["spread"])) if row["pitch"] else None
+        audio, frames = synthesise(symbols.text, packages.voices[row["voice"]], rate, melody)
         if not np.isfinite(audio).all() or np.abs(audio).max() < 0.01:
             raise RuntimeError(f"{row['id']}: the model gave silence or a value that is not finite")
         peak = max(1.0, float(np.abs(audio).max()))
