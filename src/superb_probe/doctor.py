@@ -88,9 +88,16 @@ PACKAGES = (
         False,
     ),
     Package(
+        "flashlight-text",
+        "from flashlight.lib.text.decoder import KenLM, LexiconDecoder",
+        "ASR with a language model (--head-option lm=FILE)",
+        "pip install 'superb-probe[lm]'",
+        False,
+    ),
+    Package(
         "speechbrain",
         _STUB + "import speechbrain.utils.metric_stats",
-        "an independent check of metrics",
+        "the head `ecapa` of ASV, an independent check of metrics",
         "pip install 'superb-probe[speechbrain]'",
         False,
     ),
