@@ -70,6 +70,8 @@ class Classification(Task):
         if self.info.label_columns == ("slot_*",):
             items |= {f"correct_{column}": right[column] for column in columns}
             extra = {f"accuracy_{column}": 100.0 * float(right[column].mean()) for column in columns}
+        # what the site is sent, and what a confusion is counted from
+        items |= {f"predicted_{column}": [predictions[each.id][column] for each in manifest] for column in columns}
         items["correct"] = np.min(list(right.values()), axis=0)
         return Score(self.value(items), items, extra)
 

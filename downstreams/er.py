@@ -44,7 +44,7 @@ INFO = TaskInfo(
         "full": Budget(steps=30_000, batch=4, accumulate=8, evaluate_every=1000),
         "small": Budget(
             steps=1000,
-            batch=32,
+            batch=128,
             accumulate=1,
             evaluate_every=100,
             head={"width": 128},

@@ -55,7 +55,7 @@ INFO = TaskInfo(
         "full": Budget(steps=200_000, batch=32, accumulate=1, evaluate_every=5000, balance="keyword"),
         "small": Budget(
             steps=2000,
-            batch=32,
+            batch=256,
             accumulate=1,
             evaluate_every=200,
             balance="keyword",

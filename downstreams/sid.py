@@ -37,7 +37,7 @@ INFO = TaskInfo(
         "full": Budget(steps=200_000, batch=8, accumulate=4, evaluate_every=5000, max_crop_s=CROP_S, crops=2),
         "small": Budget(
             steps=2000,
-            batch=32,
+            batch=256,
             accumulate=1,
             evaluate_every=200,
             max_crop_s=CROP_S,

@@ -165,8 +165,8 @@ def place(row: dict[str, str]) -> float:
 
     Utterances of withdrawn speakers, and of texts that another split has too, are at infinity.
 
-    >>> place({"id": "sp01-r04", "speaker": "sp01", "style": "read", "split": "train"})
-    0.5
+    >>> place({"id": "sp01-r04", "speaker": "sp01", "style": "read", "split": "test"})
+    0.4
     """
     if row["speaker"] in WITHDRAWN or (row["split"], row.get("text")) in WITHDRAWN_TEXTS:
         return float("inf")

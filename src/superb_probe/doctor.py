@@ -89,7 +89,7 @@ PACKAGES = (
     ),
     Package(
         "flashlight-text",
-        "from flashlight.lib.text.decoder import KenLM, LexiconDecoder",
+        "from flashlight.lib.text.decoder import LexiconDecoder, kenlm",
         "ASR with a language model (--head-option lm=FILE)",
         "pip install 'superb-probe[lm]'",
         False,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from superb_probe.errors import RequestError
-from superb_probe.upstreams import hubert, mamba, transformer
+from superb_probe.upstreams import convolutions, hubert, mamba, transformer
 from superb_probe.upstreams.base import LayerStates
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.hubert import HubertEncoder
@@ -164,7 +164,7 @@ def test_states_do_not_depend_on_the_batch(kind: str) -> None:
     assert batch_error(KINDS[kind]) < 1e-5
 
 
-first_conv = hubert.normalized_waveform_conv
+first_conv = convolutions.normalized_waveform_conv
 
 
 def group_norm_over_padding(wavs: Tensor, conv: Any, norm: Any, num_frames: list[int]) -> Tensor:
@@ -172,7 +172,7 @@ def group_norm_over_padding(wavs: Tensor, conv: Any, norm: Any, num_frames: list
 
 
 PADDING_MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
-    "group norm over padding": ("mamba", hubert, "normalized_waveform_conv", group_norm_over_padding),
+    "group norm over padding": ("mamba", convolutions, "normalized_waveform_conv", group_norm_over_padding),
     "padding not zeroed": ("mamba", hubert, "zero_padding", lambda x, n: x),
     "waveform norm over padding": (
         "transformer_prenorm", hubert, "normalize_waveforms", lambda w, n: F.layer_norm(w, w.shape[1:]),
@@ -214,9 +214,9 @@ def test_each_row_has_its_own_frame_that_fills_it_up(monkeypatch: pytest.MonkeyP
 
 def test_slabs_of_the_front_end_do_not_change_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
     model, wavs = encoder(KINDS["mamba"]), noise(*BATCH)
-    monkeypatch.setattr(hubert, "_SLAB_ELEMENTS", {"cpu": 10**9})
+    monkeypatch.setattr(convolutions, "_SLAB_ELEMENTS", {"cpu": 10**9})
     whole = encode(model, wavs).states
-    monkeypatch.setattr(hubert, "_SLAB_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(convolutions, "_SLAB_ELEMENTS", {"cpu": 1})
     torch.testing.assert_close(encode(model, wavs).states, whole, rtol=1e-5, atol=1e-5)
 
 

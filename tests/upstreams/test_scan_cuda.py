@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from superb_probe.upstreams import cuda_kernels, fused_cuda, hubert, mamba, scan_cuda
+from superb_probe.upstreams import convolutions, cuda_kernels, fused_cuda, mamba, scan_cuda
 from superb_probe.upstreams.scan import selective_scan
 from superb_probe.upstreams.scan_cuda import Split, choose_split, selective_scan_cuda
 
@@ -76,7 +76,7 @@ def scan_errors(case: tuple, lengths_for_kernel: list[int] | None) -> tuple[floa
 @pytest.mark.parametrize("case", CASES)
 def test_the_scan_equals_the_plain_one_in_float64(case: tuple) -> None:  # type: ignore[type-arg]
     error, state_error = scan_errors(case, case[6])
-    assert error < BOUNDS[case[4]] and state_error < 1e-5
+    assert error < BOUNDS[case[4]] and state_error < (1e-5 if case[4] == torch.float32 else 5e-5)
 
 
 @cuda
@@ -111,7 +111,7 @@ def test_the_fused_waveform_convolution_equals_the_plain_one() -> None:
 @cuda
 @needs_gpu
 def test_the_fused_convolution_and_norm_equal_the_plain_ones() -> None:
-    layer = hubert.ConvLayer(1, 96, 10, 5, True, "layer").cuda()
+    layer = convolutions.ConvLayer(1, 96, 10, 5, True, "layer").cuda()
     wavs = torch.randn(2, 3001, 1, device="cuda")
     with torch.no_grad():
         for part in layer.parameters():
@@ -124,9 +124,9 @@ def test_the_fused_convolution_and_norm_equal_the_plain_ones() -> None:
 
 def test_the_positional_convolution_as_a_matrix_product() -> None:
     for causal in (False, True):
-        conv = hubert.PositionalConv(24, 16, 4, causal)
+        conv = convolutions.PositionalConv(24, 16, 4, causal)
         with torch.no_grad():
-            hubert.reset_pos_conv_(conv)
+            convolutions.reset_pos_conv_(conv)
             for frames in (1, 7, 8, 33):
                 x = torch.randn(3, frames, 24)
                 torch.testing.assert_close(F.gelu(conv._matrix_product(x) + conv.bias), conv(x))
@@ -137,9 +137,9 @@ def test_the_positional_convolution_as_a_matrix_product() -> None:
 
 def test_a_strided_convolution_without_copies() -> None:
     x, weight = torch.randn(2, 101, 8), torch.randn(5, 8, 3)
-    found = hubert._taps(x, weight[..., :2], 0, 50, 2)
-    found = found.baddbmm_(*hubert._tap_operands(x, weight[..., 2:], 2, 50, 2))
-    torch.testing.assert_close(found, hubert.strided_conv(x, weight, None, 2))
+    found = convolutions._taps(x, weight[..., :2], 0, 50, 2)
+    found = found.baddbmm_(*convolutions._tap_operands(x, weight[..., 2:], 2, 50, 2))
+    torch.testing.assert_close(found, convolutions.strided_conv(x, weight, None, 2))
     torch.testing.assert_close(found, F.conv1d(x.transpose(1, 2), weight, stride=2).transpose(1, 2))
 
 
