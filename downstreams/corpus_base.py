@@ -56,6 +56,7 @@ class CorpusInfo:
         extras: files that some tasks need beside it.
         aliases: other names people know it by.
         rates_hz: sample rates its published audio has.
+        citation: what its authors ask to be cited.
     """
 
     name: str
@@ -67,6 +68,7 @@ class CorpusInfo:
     extras: tuple[Extra, ...] = ()
     aliases: tuple[str, ...] = ()
     rates_hz: tuple[int, ...] = (SAMPLE_RATE_HZ,)
+    citation: str = ""
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ class FluentSpeechCommands(Corpus):
         title="Fluent Speech Commands",
         source="https://fluent.ai/fluent-speech-commands-a-dataset-for-spoken-language-understanding-research/",
         license="Fluent Speech Commands public licence: academic research only",
+        citation="Lugosch et al., Speech Model Pre-training for End-to-End Spoken Language Understanding, arXiv:1904.03670",
         landmarks=("data/train_data.csv", "data/valid_data.csv", "data/test_data.csv", "wavs"),
         published={"ic": {"train": 23132, "dev": 3118, "test": 3793}},
         aliases=("fsc", "fluent_commands"),

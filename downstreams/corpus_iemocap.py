@@ -21,6 +21,7 @@ class Iemocap(Corpus):
         title="IEMOCAP",
         source="https://sail.usc.edu/iemocap/",
         license="by agreement with its authors: research use",
+        citation="Busso et al., IEMOCAP: interactive emotional dyadic motion capture database, LRE 42, 2008",
         landmarks=tuple(f"Session{session}" for session in SESSIONS),
         published={"er": {"train": sum(PUBLISHED.values())}},
     )

@@ -30,6 +30,7 @@ class Libri2Mix(Corpus):
         title="Libri2Mix with Kaldi tables",
         source="https://github.com/s3prl/LibriMix",
         license="LibriSpeech: CC BY 4.0, WHAM! noise: CC BY-NC 4.0",
+        citation="Cosentino et al., LibriMix: An Open-Source Dataset for Generalizable Speech Separation, arXiv:2005.11262",
         landmarks=tuple(f"{split}/wav.scp" for split in SPLITS),
         published={"sd": {"train": 13900, "dev": 3000, "test": 3000}},
         extras=(AUDIO,),

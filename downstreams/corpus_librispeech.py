@@ -30,6 +30,7 @@ class LibriSpeech(Corpus):
         title="LibriSpeech",
         source="https://www.openslr.org/12",
         license="CC BY 4.0",
+        citation="Panayotov et al., Librispeech: an ASR corpus based on public domain audio books, ICASSP 2015",
         landmarks=tuple(FOLDERS.values()),
         published={"asr": COUNTS, "pr": COUNTS},
         extras=(LEXICON,),

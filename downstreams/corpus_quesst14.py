@@ -17,6 +17,7 @@ class Quesst14(Corpus):
         title="QUESST 2014",
         source="https://speech.fit.vutbr.cz/files/quesst14Database.tgz",
         license="research use, see its README",
+        citation="Anguera et al., QUESST2014: Evaluating Query-by-Example Speech Search in a zero-resource setting, ICASSP 2015",
         landmarks=("Audio", "dev_queries", "eval_queries", "scoring"),
         published={"qbe": {"dev": NUM_DOCUMENTS + NUM_QUERIES, "test": NUM_DOCUMENTS + NUM_QUERIES}},
         aliases=("quesst",),

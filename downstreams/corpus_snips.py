@@ -26,6 +26,7 @@ class AudioSnips(Corpus):
         title="Audio SNIPS",
         source="https://github.com/s3prl/s3prl (docs: SF; preprocess/snips_prepare_data.sh, or its prepared SNIPS.zip)",
         license="SNIPS: CC0 1.0; audio: see aws-lex-noisy-spoken-language-understanding",
+        citation="Lai et al., Semi-Supervised Spoken Language Understanding via Self-Supervised Pretraining, arXiv:2010.13826",
         landmarks=(TRANSCRIPTS, SLOTS, *FOLDERS.values()),
         published={"sf": {"train": 104672, "dev": 2800, "test": 2800}},
         aliases=("audio_snips",),

@@ -37,6 +37,7 @@ class SpeechCommands(Corpus):
         title="Speech Commands v0.01",
         source="http://download.tensorflow.org/data/speech_commands_v0.01.tar.gz",
         license="CC BY 4.0",
+        citation="Warden, Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition, arXiv:1804.03209",
         landmarks=(NOISE, *KEYWORDS),
         published={"ks": {"train": 51088, "dev": 6798, "test": 3081}},
         extras=(TEST_SET,),

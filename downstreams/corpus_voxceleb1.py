@@ -33,6 +33,7 @@ class VoxCeleb1(Corpus):
         title="VoxCeleb1",
         source="https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html",
         license="CC BY 4.0",
+        citation="Nagrani et al., VoxCeleb: a large-scale speaker identification dataset, Interspeech 2017, arXiv:1706.08612",
         landmarks=("dev/wav", "test/wav", "wav"),
         published={
             "sid": {"train": 138361, "dev": 6904, "test": 8251},

@@ -90,9 +90,10 @@ def assemble(states: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Te
     """
     longest = max(part.shape[1] for part in states)
     first = states[0]
-    padded = torch.zeros(first.shape[0], len(states), longest, first.shape[2], device=device)
+    padded = torch.empty(first.shape[0], len(states), longest, first.shape[2], device=device)
     for row, part in enumerate(states):
         padded[:, row, : part.shape[1]].copy_(part, non_blocking=True)
+        padded[:, row, part.shape[1] :].zero_()
     return padded, torch.tensor([part.shape[1] for part in states], device=device)
 
 

@@ -99,9 +99,10 @@ class States:
             return assemble([unpack(part, dtype) for part in parts], self._device)
         lengths = [part.shape[1] for part in parts]
         shape = (parts[0].shape[0], len(parts), max(lengths), parts[0].shape[2])
-        padded = torch.zeros(shape, dtype=parts[0].dtype, pin_memory=True)
+        padded = torch.empty(shape, dtype=parts[0].dtype, pin_memory=True)
         for row, part in enumerate(parts):
             padded[:, row, : part.shape[1]] = part
+            padded[:, row, part.shape[1] :] = 0
         states = unpack(padded.to(self._device, non_blocking=True), dtype).float()
         return states, torch.tensor(lengths, device=self._device)
 

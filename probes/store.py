@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,24 @@ from superb_probe.downstreams.manifest import Manifest, Utterance, audio_digest
 from superb_probe.errors import RequestError
 from superb_probe.probes.identity import source_digest, weights_digest
 from superb_probe.probes.plan import digest_of, readable_bytes
-from superb_probe.probes.store_codec import check_dtype, frame_bytes, from_numpy, to_numpy, unpack
-from superb_probe.probes.store_extract import Clock, Extractor, Keeping
+from superb_probe.probes.store_codec import byte_pieces, check_dtype, frame_bytes, of_bytes, unpack
+from superb_probe.probes.store_extract import Clock, Extractor, Keeping, available_cores
 from superb_probe.probes.store_files import (
-    ShardWriter,
+    Part,
     intact,
     mark_used,
     one_builder,
     overhead_bytes,
     remove_leftovers,
     room_problem,
+    write_shard,
     write_whole,
 )
 from superb_probe.upstreams.base import Upstream, UpstreamInfo
 
-SHARD_BYTES = 256 * 2**20
-WRITES_BEHIND = 4  # batches that wait to be written
-FORMAT = 2
+SHARD_BYTES = 128 * 2**20
+WRITERS = 4  # shards that are hashed and written at once: one core hashes about 1 GB a second
+FORMAT = 3
 
 Progress = Callable[[float], None]  # called with seconds of audio done
 
@@ -123,7 +124,7 @@ class FeatureStore:
         self._memory_keys: dict[str, str] = {}
         self._device = device or torch.device("cpu")
         self._index: dict[str, tuple[int, int, tuple[int, ...]]] = {}
-        self._maps: list[np.ndarray[Any, Any]] = []
+        self._maps: list[Tensor] = []
 
     @staticmethod
     def estimate_bytes(
@@ -261,10 +262,7 @@ class FeatureStore:
                 f"no states of utterance {utterance_id!r} in this store: build it over a manifest that has it"
             )
         shard, start, shape = self._index[utterance_id]
-        last = frame_bytes(shape[-1], self.dtype) if self.dtype != "int8" else shape[-1]
-        count = int(np.prod(shape[:-1])) * last
-        data = np.array(self._maps[shard][start : start + count])  # a copy: the map is read-only
-        return from_numpy(data, self.dtype, shape)
+        return of_bytes(self._maps[shard], start, shape, self.dtype)
 
     def num_frames(self, utterance_id: str) -> int:
         """Frames kept of an utterance, without reading them; 1 in view "mean"."""
@@ -276,8 +274,9 @@ class FeatureStore:
 
     def load(self, device: torch.device) -> None:
         """Bring what is on disk into the memory of a device, where it is read from then on."""
-        for name in list(self._index):
-            self._memory[name] = self._packed(name).to(device)
+        shards = [shard.to(device, copy=True) for shard in self._maps]
+        for name, (number, start, shape) in self._index.items():
+            self._memory[name] = of_bytes(shards[number], start, shape, self.dtype)
             self._memory_keys[name] = name
         self._index, self._maps = {}, []
 
@@ -341,9 +340,11 @@ class FeatureStore:
     ) -> None:
         assert self.folder is not None and self.root is not None
         shards = self._shards(upstream.info, manifest, max_batch_s)
+        with ThreadPoolExecutor(available_cores()) as pool:
+            there = list(pool.map(partial(intact, self.folder), [shard.name for shard in shards]))
         missing = []
-        for shard in shards:
-            if not intact(self.folder, shard.name):
+        for shard, whole in zip(shards, there, strict=True):
+            if not whole:
                 missing.append(shard)
             elif progress is not None:
                 progress(sum(manifest_seconds(batch) for batch in shard.batches))
@@ -361,23 +362,22 @@ class FeatureStore:
         self._open(shards)
 
     def _write(self, upstream: Upstream, root: Path, shards: Sequence[_Shard], progress: Progress | None) -> None:
-        """Extract some shards in one go, each written by a thread while the next batches are encoded."""
+        """Extract some shards in one go; threads hash and write those that are encoded, one shard each."""
         assert self.folder is not None
         started = time.perf_counter()
-        extractor = Extractor(upstream, root, self.keeping)
+        extractor = Extractor(upstream, root, replace(self.keeping, device=torch.device("cpu")), pinned=True)
         extracted = extractor.run([batch for shard in shards for batch in shard.batches])
         behind: deque[Future[None]] = deque()
-        with contextlib.ExitStack() as cleanup, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        with ThreadPoolExecutor(WRITERS, thread_name_prefix="write") as pool:
             for shard in shards:
-                writer = ShardWriter(self.folder, shard.name)
-                cleanup.callback(writer.discard)
+                parts: list[Part] = []
                 for _ in shard.batches:
                     batch, states = next(extracted)
-                    behind.append(pool.submit(_add, writer, batch, states))
-                    _wait(behind, WRITES_BEHIND, extractor.clock)
+                    parts += [(u.id, each.shape, byte_pieces(each)) for u, each in zip(batch, states, strict=True)]
                     if progress is not None:
                         progress(manifest_seconds(batch))
-                behind.append(pool.submit(writer.finish))
+                behind.append(pool.submit(write_shard, self.folder, shard.name, parts))
+                _wait(behind, WRITERS, extractor.clock)
             next(extracted, None)  # lets its threads end
             _wait(behind, 0, extractor.clock)
         extractor.clock.total_s = time.perf_counter() - started
@@ -388,7 +388,8 @@ class FeatureStore:
         self._maps, self._index = [], {}
         for shard in shards:
             entry = json.loads((self.folder / f"{shard.name}.json").read_text())
-            self._maps.append(np.memmap(self.folder / f"{shard.name}.bin", dtype=np.uint8, mode="r"))
+            path = self.folder / f"{shard.name}.bin"  # mapped copy-on-write: what a reader changes stays its own
+            self._maps.append(torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c")))
             for name, (start, shape) in entry["index"].items():
                 self._index[name] = (shard.number, start, tuple(shape))
 
@@ -407,11 +408,6 @@ class FeatureStore:
             room -= size
             shards[-1].append(tuple(batch))
         return [_Shard(number, tuple(batches)) for number, batches in enumerate(shards)]
-
-
-def _add(writer: ShardWriter, batch: Sequence[Utterance], states: Sequence[Tensor]) -> None:
-    for utterance, part in zip(batch, states, strict=True):
-        writer.add(utterance.id, to_numpy(part), part.shape)
 
 
 def _wait(behind: deque[Future[None]], most: int, clock: Clock) -> None:

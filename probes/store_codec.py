@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,17 @@ def unpack(packed: Tensor, dtype: str) -> Tensor:
 
 def is_finite(packed: Tensor, dtype: str) -> Tensor:
     """A boolean scalar: whether all that is kept can be read back as finite numbers."""
-    return torch.isfinite(_scales(packed) if dtype == "int8" else packed).all()
+    return finite(_scales(packed) if dtype == "int8" else packed)
+
+
+def finite(numbers: Tensor) -> Tensor:
+    """A boolean scalar: whether all numbers are finite, in one pass over them: NaN is both the least and the largest.
+
+    >>> bool(finite(torch.tensor([1.0, float("nan"), 2.0]))), bool(finite(torch.tensor([1.0, 2.0])))
+    (False, True)
+    """
+    least, largest = torch.aminmax(numbers)
+    return torch.isfinite(least) & torch.isfinite(largest)
 
 
 def _scales(packed: Tensor) -> Tensor:
@@ -72,11 +83,13 @@ def _scales(packed: Tensor) -> Tensor:
     return packed[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
-def to_numpy(packed: Tensor) -> np.ndarray[Any, Any]:
-    """The bytes (uint8) of a packed tensor on the CPU."""
-    return packed.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def byte_pieces(packed: Tensor) -> list[np.ndarray[Any, Any]]:
+    """The bytes (uint8) of a packed tensor on the CPU, in order; shared with it where each of its layers lies in one piece."""
+    pieces = [packed] if packed.is_contiguous() else packed.unbind()
+    return [piece.contiguous().reshape(-1).view(torch.uint8).numpy() for piece in pieces]
 
 
-def from_numpy(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """The packed tensor of some bytes (uint8), which it shares."""
-    return torch.from_numpy(data).view(DTYPES[dtype]).reshape(shape)
+def of_bytes(data: Tensor, start: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """The packed tensor of some shape whose bytes begin at `start` of some bytes (uint8), which it shares."""
+    count = math.prod(shape) * DTYPES[dtype].itemsize
+    return data[start : start + count].view(DTYPES[dtype]).view(shape)

@@ -24,7 +24,7 @@ from superb_probe.downstreams.audio import read_waveform
 from superb_probe.downstreams.base import View
 from superb_probe.downstreams.manifest import Utterance
 from superb_probe.errors import CheckError, all_at_once
-from superb_probe.probes.store_codec import is_finite, pack
+from superb_probe.probes.store_codec import finite, is_finite, pack
 from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo, frame_mask
 
 IN_FLIGHT = 2  # encoded batches that wait to be checked
@@ -124,17 +124,30 @@ class Extractor:
         audio_s: seconds of audio in them.
     """
 
-    def __init__(self, upstream: Upstream, root: Path, keeping: Keeping, workers: int | None = None) -> None:
-        """`workers` decode; None for as many as cores with a GPU, two without."""
+    def __init__(
+        self, upstream: Upstream, root: Path, keeping: Keeping, workers: int | None = None, *, pinned: bool = False
+    ) -> None:
+        """An extractor for audio below a folder.
+
+        Args:
+            upstream: frozen encoder, where it runs.
+            root: folder of the audio.
+            keeping: what is kept.
+            workers: threads that decode; None for as many as cores with a GPU, two without.
+            pinned: what comes from a GPU may lie in pinned memory: for who lets go of it soon.
+        """
+        self._pinned = pinned
         self.upstream, self.root, self.keeping = upstream, root, keeping
         self.clock, self.encoded, self.audio_s = Clock(), 0, 0.0
         parameter = next(upstream.parameters(), None)
         self.device = parameter.device if parameter is not None else torch.device("cpu")
+        on_gpu = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._workers = workers or (available_cores() if self.device.type == "cuda" else 2)
         self.states_for = getattr(upstream, "states_for", None)
 
     def run(self, batches: Sequence[Sequence[Utterance]]) -> Iterator[tuple[Sequence[Utterance], list[Tensor]]]:
-        """The packed states of every batch: (L, D), (K, L, D) with crops, or (L, T, D), each contiguous.
+        """The packed states of every batch: (L, D), (K, L, D) with crops, or (L, T, D), parts of one tensor a batch.
 
         Raises:
             RequestError: if utterances are too short for a frame (all of a batch are named) or audio cannot be read.
@@ -145,7 +158,7 @@ class Extractor:
             return
         started = time.perf_counter()
         readers = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
-        checker = ThreadPoolExecutor(1, thread_name_prefix="check")
+        checker = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="check")
         ahead: deque[list[Future[list[Tensor]]]] = deque()
         in_flight: deque[tuple[Sequence[Utterance], Future[list[Tensor]]]] = deque()
         coming = iter(batches)
@@ -200,19 +213,22 @@ class Extractor:
         self.audio_s += sum(piece.numel() for piece in flat) / info.sample_rate_hz
         names = [batch[owner].id for owner in owners]
         _check_shape(info, names, layers, max(expected))
-        lengths = torch.tensor(expected, device=layers.states.device)
+        lengths = _to_device(torch.tensor(expected), layers.states.device)
         valid = frame_mask(lengths, layers.states.shape[2])
         states = layers.states.masked_fill(~valid[None, :, :, None], 0.0)
         reduced = _reduce(states, lengths, self.keeping)
         packed = pack(reduced, self.keeping.dtype)
-        flags = torch.stack([torch.isfinite(reduced).all(), is_finite(packed, self.keeping.dtype)])
-        arrived = _Arrival(packed, flags, layers.num_frames, self.keeping.device)
+        kept_finite = is_finite(packed, self.keeping.dtype)
+        flags = torch.stack([kept_finite if packed is reduced else finite(reduced), kept_finite])
+        arrived = _Arrival(packed, flags, layers.num_frames, self.keeping.device, self._copies)
 
         def finish() -> list[Tensor]:
             kept, (finite, kept_finite), found = arrived.wait()
             _check_frames(info, names, found, expected)
             if not kept_finite:
                 _raise_not_finite(info, names, kept, self.keeping, finite)
+            if kept.is_pinned() and not self._pinned:
+                kept = kept.clone()
             mean = self.keeping.view == "mean"
             parts = [kept[row] if mean else kept[:, row, :length] for row, length in enumerate(expected)]
             whole: list[Tensor] = []
@@ -220,7 +236,7 @@ class Extractor:
                 mine = (
                     [part for part, owner in zip(parts, owners, strict=True) if owner == row] if len(pieces) > 1 else []
                 )
-                whole.append(torch.stack(mine) if mine else parts[owners.index(row)].clone(memory_format=_CONTIGUOUS))
+                whole.append(torch.stack(mine) if mine else parts[owners.index(row)])
             return whole
 
         return finish
@@ -235,7 +251,7 @@ class Extractor:
             padded[row, : wave.numel()] = wave
         with torch.inference_mode():
             given = padded.to(self.device, non_blocking=True)
-            return self.upstream(given, lengths.to(self.device))  # type: ignore[no-any-return]
+            return self.upstream(given, _to_device(lengths, self.device))  # type: ignore[no-any-return]
 
     def _ready_made(self, batches: Sequence[Sequence[Utterance]]) -> Iterator[tuple[Sequence[Utterance], list[Tensor]]]:
         """States computed elsewhere, read by utterance id."""
@@ -263,19 +279,23 @@ class Extractor:
             yield batch, kept
 
 
-_CONTIGUOUS = torch.contiguous_format
-
-
 class _Arrival:
-    """Tensors on their way to where they are kept."""
+    """Tensors on their way to where they are kept; from a GPU on a stream of their own, beside the next batch."""
 
-    def __init__(self, packed: Tensor, flags: Tensor, num_frames: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, packed: Tensor, flags: Tensor, num_frames: Tensor, device: torch.device, copies: Any = None
+    ) -> None:
         self._event: Any = None
         if packed.device.type == "cuda":
-            self._flags, self._frames = _to_host(flags), _to_host(num_frames)
-            self._packed = packed.to(device) if device.type == "cuda" else _to_host(packed)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream(packed.device))
+            copies.wait_stream(torch.cuda.current_stream(packed.device))
+            with torch.cuda.stream(copies):
+                self._flags, self._frames = _to_host(flags), _to_host(num_frames)
+                self._packed = packed.to(device) if device.type == "cuda" else _to_host(packed)
+                for tensor in (packed, flags, num_frames):  # freed only when they are copied
+                    if tensor.device.type == "cuda":
+                        tensor.record_stream(copies)
+                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._event.record(copies)
         else:
             self._packed, self._flags, self._frames = packed.to(device), flags, num_frames
 
@@ -284,6 +304,11 @@ class _Arrival:
         if self._event is not None:
             self._event.synchronize()
         return self._packed, self._flags.tolist(), self._frames.tolist()
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on a device; a GPU is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -11,14 +11,16 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from superb_probe.errors import CheckError
+
+Part = tuple[str, Sequence[int], Iterable[np.ndarray[Any, Any]]]
 
 USED = "last_used"
 LOCK = "lock"
@@ -41,38 +43,31 @@ class StoreFolder:
     causes: Mapping[str, Any]
 
 
-class ShardWriter:
-    """One shard being written: the bytes of its utterances as they come, renamed into place when all are there."""
+def write_shard(folder: Path, name: str, parts: Iterable[Part]) -> None:
+    """Write one shard whole or not at all; its index comes last: its presence says the shard is whole.
 
-    def __init__(self, folder: Path, name: str) -> None:
-        """Opens a file beside the shard's."""
-        self._folder, self._name = folder, name
-        self._temporary = folder / f"{name}.bin.{uuid.uuid4().hex[:8]}.tmp"
-        self._stream: BinaryIO = self._temporary.open("wb")
-        self._digest = hashlib.sha256()
-        self._index: dict[str, Any] = {}
-        self._bytes = 0
-
-    def add(self, utterance_id: str, data: np.ndarray[Any, Any], shape: Iterable[int]) -> None:
-        """The packed states (uint8) of one more utterance."""
-        self._index[utterance_id] = [self._bytes, list(shape)]
-        self._stream.write(data.data)
-        self._digest.update(data.data)
-        self._bytes += data.nbytes
-
-    def finish(self) -> None:
-        """Put the shard in place; its index comes last: its presence says the shard is whole."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        self._temporary.replace(self._folder / f"{self._name}.bin")
-        entry = {"sha256": self._digest.hexdigest(), "bytes": self._bytes, "index": self._index}
-        write_whole(self._folder / f"{self._name}.json", json.dumps(entry).encode())
-
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        self._stream.close()
-        self._temporary.unlink(missing_ok=True)
+    Args:
+        folder: of the store.
+        name: of the shard.
+        parts: of every utterance its id, the shape of its packed states, and their bytes (uint8) in pieces.
+    """
+    temporary = folder / f"{name}.bin.{uuid.uuid4().hex[:8]}.tmp"
+    digest, index, count = hashlib.sha256(), {}, 0
+    try:
+        with temporary.open("wb") as stream:
+            for utterance_id, shape, pieces in parts:
+                index[utterance_id] = [count, list(shape)]
+                for data in pieces:
+                    stream.write(data.data)
+                    digest.update(data.data)
+                    count += data.nbytes
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(folder / f"{name}.bin")
+    finally:
+        temporary.unlink(missing_ok=True)
+    entry = {"sha256": digest.hexdigest(), "bytes": count, "index": index}
+    write_whole(folder / f"{name}.json", json.dumps(entry).encode())
 
 
 def write_whole(path: Path, data: bytes) -> None:

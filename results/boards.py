@@ -130,6 +130,11 @@ class Board:
         """Whether the rows are somebody else's."""
         return bool(self.source)
 
+    @property
+    def macs_heading(self) -> str:
+        """Ours are for a second of audio, published ones for SUPERB's 32 utterances together."""
+        return "MACs, 32 utterances" if self.published else "MACs a second"
+
     def best(self, column: int) -> tuple[float | None, float | None]:
         """The best and the second-best value of a column, as shown with two decimals."""
         values = {round(line.cells[column].value, 2) for line in self.lines if line.cells[column]}  # type: ignore[union-attr]

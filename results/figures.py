@@ -358,7 +358,7 @@ _COST: dict[str, tuple[str, Callable[[Line], float | None]]] = {
         lambda line: None if line.params is None else line.params / 1e6,
     ),
     "macs": (
-        "multiply-accumulates, SUPERB's 32 files (1e9, fewer is better)",
+        "multiply-accumulates for a second of audio (1e9, fewer is better)",
         lambda line: None if line.macs is None else line.macs / 1e9,
     ),
     "time": ("speed of extraction (times real time, more is better)", lambda line: line.times_real_time),
@@ -406,6 +406,8 @@ def _cost(board: Board, cost: str) -> Drawing | None:
     ticker: Any = matplotlib.ticker
     plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_major_formatter(plain)
+    if axes.get_xscale() == "log":
+        axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2.0, 5.0)))  # all nine run into each other
     axes.xaxis.set_minor_formatter(
         plain if max(x for _, x, _ in known) < 30 * min(x for _, x, _ in known) else ticker.NullFormatter()
     )

@@ -136,7 +136,7 @@ def _section(board: Board, number: int) -> str:
     for column in board.columns:
         first = "descending" if column.higher_is_better else "ascending"
         heads.append(_head(column.heading, "", first, column.task, column.detail))
-    heads += [_head("parameters", "", "ascending"), *[_head("MACs", "", "ascending")] * with_macs]
+    heads += [_head("parameters", "", "ascending"), *[_head(board.macs_heading, "", "ascending")] * with_macs]
     heads += [_head("× real time", "", "descending")] * with_speed
     best = [board.best(index) for index in range(len(board.columns))]
     rows = "\n".join(_line(board, line, best, (with_macs, with_speed), scores, printed) for line in board.lines)

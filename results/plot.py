@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def _draw_panel(axes: Any, panel: pd.DataFrame, handles: dict[str, Any]) -> None
     axes.tick_params(axis="y", length=0)
 
 
-def _edge_note(rows: Sequence[dict[str, Any]]) -> str:
+def _edge_note(rows: Sequence[Mapping[Any, Any]]) -> str:
     marked = any(row["edge"] == "edge" and not row["control"] for row in rows)
     return "\n* best learning rate at the edge of those tried" if marked else ""
 

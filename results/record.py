@@ -32,7 +32,7 @@ class UpstreamPart:
     """The encoder a record is about: `UpstreamInfo` in JSON, with its size and the options it was built with.
 
     Attributes:
-        macs: multiply-accumulates as SUPERB counts them; None where they were not counted.
+        macs: multiply-accumulates for a second of audio, in an utterance of ten; None where they were not counted.
     """
 
     name: str

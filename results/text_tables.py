@@ -66,7 +66,7 @@ def _grid(
     head = ["upstream", *(name.replace("journal4", "journal4 (inferred)") for name in scores)]
     head += [{"superb_full": "FULL (printed)", "superb_s": "SUPERB_S (printed)"}[name] for name in printed]
     head += [column.heading for column in board.columns]
-    head += ["params", *["MACs"] * macs, *["× real time"] * speed]
+    head += ["params", *[board.macs_heading] * macs, *["× real time"] * speed]
     rows = []
     for line in board.lines:
         row = [_name(line, board, escape)]

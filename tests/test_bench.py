@@ -362,9 +362,32 @@ def test_bench_weighted_sum_prints_one_document(capsys: pytest.CaptureFixture[st
 
 
 def test_bench_extraction_counts_one_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "extraction", "--device", "cpu", "--size", "test", "--limit", "3", "--json"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "extraction",
+                "--device",
+                "cpu",
+                "--size",
+                "test",
+                "--limit",
+                "3",
+                "--copies",
+                "2",
+                "--dtype",
+                "bfloat16",
+                "--json",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert {row["passes_per_utterance"] for row in result["whole"].values()} == {1.0}
+    assert list(result["whole"]) == ["memory", "disk"] and result["planner"].startswith("memory")
+    assert result["utterances"] == 6 and result["encoder"]["dtype"] == "bfloat16"
+    sizes = {row["store_bytes"] for row in result["whole"].values()}
+    assert len(sizes) == 1 and sizes.pop() > 0  # the copies are files of their own: none is read for another
     stages = result["stages_audio_s_per_s"]
     assert stages[result["limiting_stage"]] == min(stages.values())
     assert any("limiting stage" in line for line in bench_parts.describe_extraction(result))
@@ -432,3 +455,31 @@ def test_layer_states_of_the_hook_are_the_encoders(checkpoint: Path) -> None:
         counted = upstream.extract([torch.ones(1600)])
     assert isinstance(counted, LayerStates)
     assert torch.equal(counted.states, upstream.extract([torch.ones(1600)]).states)
+
+
+def test_encoders_and_scans_are_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from superb_probe import bench_encoders
+
+    words = [
+        "bench",
+        "encoders",
+        "--size",
+        "test",
+        "--batch",
+        "2",
+        "--seconds",
+        "0.5",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["name"] for row in rows][-1] == "transformers HubertModel" and len(rows) == 4
+    assert all(row["times_real_time"] == pytest.approx(1.0 / row["s"]) for row in rows)
+    monkeypatch.setattr(bench_encoders, "SCAN_SHAPES", {"cpu": ((1, 3),)})
+    assert main(["bench", "kernels", "--repeats", "1", "--device", "cpu"]) == 0
+    assert "1 x 3: plain" in capsys.readouterr().out
+    assert main(["bench", "encoders", "--dtype", "float8", "--device", "cpu"]) == 2
+    assert "float8" in capsys.readouterr().err

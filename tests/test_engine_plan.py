@@ -212,6 +212,24 @@ def test_estimates_grow_with_what_is_asked(tmp_path: Path) -> None:
     assert costs[1].fit_s > 3 * costs[0].fit_s > 0 and costs[0].extract_s > 0 and costs[0].trials == 1
 
 
+def test_a_search_without_training_has_a_price_by_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample's time is scaled by the products of lengths; a mutant that scales by utterances is told apart."""
+    made = [Utterance(f"q{n}", "a.wav", 0.0, 0.5, {"role": "query", "occurrences": "d0"}) for n in range(12)]
+    made += [Utterance(f"d{n}", "a.wav", 0.0, 1.0 + n % 3, {"role": "document", "occurrences": ""}) for n in range(96)]
+    whole = Manifest(made, Path("."), "q")
+    few = engine_estimate._some_of_each_role(whole)
+    roles = [u.labels["role"] for u in few]
+    assert roles.count("query") == 6 and roles.count("document") == 48
+    share = engine_estimate._products(whole) / engine_estimate._products(few)
+    assert share == pytest.approx(4.0, rel=0.05) and abs(share - len(whole) / len(few)) > 1.5
+    searches: list[int] = []
+    monkeypatch.setattr(engine_estimate, "search_split", lambda states, manifest: searches.append(len(manifest)))
+    asked = job(task="qbe")
+    places = Places(torch.device("cpu"))
+    found = engine_estimate.estimate_job(asked, places.choose(asked), places.device, None)
+    assert found.fit_s > 0.0 and len(searches) == 4 and max(searches) <= 54
+
+
 def test_store_limit_picks_another_place(tmp_path: Path, capsys: Any) -> None:
     few: dict[str, Any] = {"lr": [0.01], "limit": 20, "steps": 4}
     store = tmp_path / "store"

@@ -1,4 +1,4 @@
-"""The command that times: `bench probing`, `bench weighted-sum`, `bench extraction`, `bench sweep`."""
+"""The command that times: `bench probing`, `sweep`, `extraction`, `weighted-sum`, `encoders` and `kernels`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def add_commands(subparsers: Any) -> None:
     kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
     _add_probing(kinds)
     _add_parts(kinds)
+    _add_encoders(kinds)
 
 
 def _add_probing(kinds: Any) -> None:
@@ -75,6 +76,9 @@ def _add_parts(kinds: Any) -> None:
     )
     _common(extraction)
     extraction.add_argument("--dtype", default="float32", help="the encoder's number format (default: float32)")
+    extraction.add_argument(
+        "--copies", type=int, default=1, metavar="N", help="of every file, for a bench that lasts longer (default: 1)"
+    )
     extraction.set_defaults(handler=run_extraction)
 
     sweep = kinds.add_parser(
@@ -89,6 +93,33 @@ def _add_parts(kinds: Any) -> None:
     sweep.add_argument("--no-layers", action="store_true", help="leave --layer all out")
     sweep.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of one run")
     sweep.set_defaults(handler=run_sweep)
+
+
+def _add_encoders(kinds: Any) -> None:
+    encoders = kinds.add_parser(
+        "encoders",
+        help="all layers of every encoder, in seconds of audio a second, beside transformers' HubertModel",
+        description="Encoders with random weights on a batch in memory: no decoding, no storing.",
+    )
+    _common(encoders, encoder=False)
+    names = ["transformer_hubert", "mamba_hubert", "mamba_hubert_causal"]
+    encoders.add_argument("--upstream", nargs="+", default=names, help=f"default: {' '.join(names)}")
+    encoders.add_argument("--size", default="base", help="default: base")
+    encoders.add_argument("--dtype", default="float32", help="default: float32")
+    encoders.add_argument("--batch", type=int, default=4, help="utterances (default: 4)")
+    encoders.add_argument("--seconds", type=float, default=15.0, help="of each (default: 15)")
+    encoders.add_argument("--repeats", type=int, default=5, help="the median counts (default: 5)")
+    encoders.set_defaults(handler=run_encoders)
+
+    kernels = kinds.add_parser(
+        "kernels",
+        help="the selective scan's back ends, beside mamba_ssm where it is installed",
+        description="Forward scans at the width of the paper's Base model.",
+    )
+    _common(kernels, encoder=False)
+    kernels.add_argument("--dtype", default="float32", help="default: float32")
+    kernels.add_argument("--repeats", type=int, default=10, help="the median counts (default: 10)")
+    kernels.set_defaults(handler=run_kernels)
 
 
 def _common(parser: Any, encoder: bool = True) -> None:
@@ -158,6 +189,20 @@ def run_sweep(args: argparse.Namespace) -> int:
     from superb_probe import bench_parts
 
     return _report(args, lambda folder: bench_parts.bench_sweep(args, folder), bench_parts.describe_sweep, args.work)
+
+
+def run_encoders(args: argparse.Namespace) -> int:
+    """Bench the encoders."""
+    from superb_probe import bench_encoders
+
+    return _report(args, lambda folder: bench_encoders.bench_encoders(args), bench_encoders.describe_encoders, None)
+
+
+def run_kernels(args: argparse.Namespace) -> int:
+    """Bench the scan."""
+    from superb_probe import bench_encoders
+
+    return _report(args, lambda folder: bench_encoders.bench_kernels(args), bench_encoders.describe_kernels, None)
 
 
 def _report(

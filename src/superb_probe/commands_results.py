@@ -13,6 +13,7 @@ from superb_probe.errors import RequestError, unknown_name
 if TYPE_CHECKING:
     from superb_probe.results.record import RunRecord
 
+MINI_CITATION = "mini, the embedded corpus of superb-probe: synthesised speech (downstreams/mini/README.md)"
 FORMATS = {"csv": ".csv", "md": ".md", "html": ".html", "latex": ".tex"}
 
 
@@ -49,7 +50,7 @@ def _add_leaderboard(subparsers: Any) -> None:
     )
     board.add_argument("--no-published", action="store_true", help="leave out the published rows")
     board.add_argument(
-        "--cite", action="store_true", help="write the BibTeX of every upstream and task beside it, as .bib"
+        "--cite", action="store_true", help="write the BibTeX of every upstream, task and corpus beside it, as .bib"
     )
     board.set_defaults(handler=write_leaderboard)
 
@@ -219,7 +220,8 @@ def _text(name: str, board: Any, num_records: int, args: argparse.Namespace) -> 
 
 
 def _citations(records: list[RunRecord]) -> str:
-    """BibTeX of what the records name: each task's and upstream's declared citation, and the tool's reference rows."""
+    """BibTeX of what the records name: the declared citation of each task, upstream and corpus."""
+    from superb_probe.downstreams.corpora import CORPORA
     from superb_probe.downstreams.load import load_task
     from superb_probe.results.text_tables import bibtex
 
@@ -230,6 +232,10 @@ def _citations(records: list[RunRecord]) -> str:
             found[task] = load_task(task).info.citation
         if name not in found:
             found[name] = _upstream_citation(name)
+        dataset = record.task.dataset
+        found[f"corpus {dataset}"] = MINI_CITATION if dataset == "mini" else ""
+        if dataset in CORPORA:
+            found[f"corpus {dataset}"] = CORPORA[dataset].info.citation
     return bibtex(found)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,14 +16,17 @@ from superb_probe.downstreams.manifest import Manifest
 from superb_probe.engine_places import Placed, with_question
 from superb_probe.engine_record import interval
 from superb_probe.engine_request import Job, LoadedFold
-from superb_probe.engine_subset import spread
+from superb_probe.engine_subset import even_ids, spread
 from superb_probe.probes.fit import FitResult, fit_trials
 from superb_probe.probes.plan import Trial
+from superb_probe.probes.states import States
 from superb_probe.probes.store import FeatureStore
 from superb_probe.probes.store_codec import pack
+from superb_probe.probes.untrained import DOCUMENT, QUERY, search_split
 
 SAMPLE = 96  # utterances of a split that are timed
 TIMED_S = 2.0  # about how long updates are timed
+QUERIES, DOCUMENTS = 6, 48  # that are searched when nothing is trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def estimate_job(job: Job, placed: Placed, device: torch.device, control: str | 
     trials, rates = len(job.trials()), placed.rates
     extract_s = 0.0 if rates is None else placed.need.missing_s / rates.encode
     if not job.question.task.info.trained:
-        return Estimate(extract_s, 0.0, trials)
+        return Estimate(extract_s, sum(_time_untrained(job, each, device) for each in job.question.folds), trials)
     fit_s = sum(_time_fold(job, each, placed, device, control) for each in job.question.folds[:1])
     fit_s *= len(job.question.folds)
     if rates is not None:
@@ -117,6 +121,46 @@ def _time_fold(job: Job, each: LoadedFold, placed: Placed, device: torch.device,
     evaluations = -(-budget.steps // budget.evaluate_every)
     scoring_s = _time_scoring(job, results, each.fold, timer.sample)
     return budget.steps * update_s + per_frame * (evaluations * whole[select] + whole["test"]) + scoring_s
+
+
+def _time_untrained(job: Job, each: LoadedFold, device: torch.device) -> float:
+    """Seconds of searching some queries in some documents, scaled by the products of their lengths, and of scoring every layer."""
+    fold, layers, task = each.fold, len(job.layers), job.question.task
+    splits = dict.fromkeys((job.question.settings.select_on, "test"))
+    seconds, scored = 0.0, 0.0
+    for split in splits:
+        manifest = fold.manifests[split]
+        sample = _some_of_each_role(manifest)
+        states = States(FabricatedStore(job, sample, split, torch.device("cpu")), sample.ids, None, device)
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            search_split(states, sample)
+            taken = time.perf_counter() - started
+        seconds += taken * _products(manifest) / _products(sample)
+        scored += _products(manifest)
+    documents = sum(u.labels["role"] == DOCUMENT for u in fold.manifests["test"])
+    random = np.random.default_rng(0)
+    made = {u.id: random.normal(size=documents) for u in fold.manifests["test"] if u.labels["role"] == QUERY}
+    started = time.perf_counter()
+    score = task.score(made, fold, "test")
+    score_s = time.perf_counter() - started
+    interval(task, score)
+    interval_s = time.perf_counter() - started - score_s
+    return seconds + layers * (score_s * scored / _products(fold.manifests["test"]) + interval_s)
+
+
+def _some_of_each_role(manifest: Manifest) -> Manifest:
+    """At most `QUERIES` queries and `DOCUMENTS` documents, in even steps over their durations."""
+    kept: list[str] = []
+    for role, count in ((QUERY, QUERIES), (DOCUMENT, DOCUMENTS)):
+        kept += even_ids(manifest.keep([u.id for u in manifest if u.labels["role"] == role]), count)
+    return manifest.keep(kept)
+
+
+def _products(manifest: Manifest) -> float:
+    """Seconds of all queries times seconds of all documents: what a search goes through."""
+    totals = {role: sum(u.duration_s for u in manifest if u.labels["role"] == role) for role in (QUERY, DOCUMENT)}
+    return totals[QUERY] * totals[DOCUMENT]
 
 
 class _Timer:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +41,8 @@ from superb_probe.results.record import (
     record_path,
     write_record,
 )
+from superb_probe.upstreams.base import Upstream
+from superb_probe.upstreams.macs import macs_per_second
 
 _PACKAGES = ("numpy", "soundfile", "safetensors", "transformers", "scikit-learn", "scipy", "rapidfuzz")
 _MEMORY_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
@@ -164,12 +166,12 @@ def _record(
     return RunRecord(
         run_id=trial.run_id,
         status=status,  # type: ignore[arg-type]
-        upstream=_upstream_part(job),
+        upstream=_upstream_part(job, count=status == "finished"),
         task=_task_part(job, each, trial, num_items or {}),
         probe=_probe_part(job, trial, params),
         items=None,
         cost=_cost_part(cost, device),
-        environment=_environment(device),
+        environment=environment(device),
         started_at=cost.started_at,
         finished_at=now(),
         error=error,
@@ -234,10 +236,25 @@ def _cost_part(cost: Cost, device: torch.device) -> CostPart:
     )
 
 
-def _upstream_part(job: Job) -> UpstreamPart:
-    info = job.upstream.upstream.info
+def _upstream_part(job: Job, count: bool) -> UpstreamPart:
+    return replace(
+        describe_upstream(job.upstream.name, job.upstream.upstream, count=count),
+        provided_by=job.upstream.provided_by,
+        options=job.upstream.options,
+    )
+
+
+def describe_upstream(name: str, upstream: Upstream, *, count: bool = True) -> UpstreamPart:
+    """The part of a record that says which encoder it is, its size and its cost.
+
+    Args:
+        name: what the run calls it.
+        upstream: the encoder.
+        count: whether multiply-accumulates are counted, which may run it once; not where it has just failed.
+    """
+    info = upstream.info
     return UpstreamPart(
-        name=job.upstream.name,
+        name=name,
         revision=info.revision,
         num_layers=info.num_layers,
         dim=info.dim,
@@ -246,10 +263,10 @@ def _upstream_part(job: Job) -> UpstreamPart:
         sample_rate_hz=info.sample_rate_hz,
         lookahead_samples=info.lookahead_samples,
         layer_convention=info.layer_convention,
-        params=sum(parameter.numel() for parameter in job.upstream.upstream.parameters()),
+        params=sum(parameter.numel() for parameter in upstream.parameters()),
         trained_on=tuple(info.trained_on),
-        provided_by=job.upstream.provided_by,
-        options=job.upstream.options,
+        provided_by=f"superb-probe {superb_probe.__version__}",
+        macs=macs_per_second(upstream) if count else None,
     )
 
 
@@ -273,7 +290,8 @@ def peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT_BYTES
 
 
-def _environment(device: torch.device) -> EnvironmentPart:
+def environment(device: torch.device) -> EnvironmentPart:
+    """The machine and the software of this process."""
     commit, dirty = _commit()
     return EnvironmentPart(
         superb_probe=superb_probe.__version__,

@@ -51,10 +51,12 @@ class Data:
     Attributes:
         root: the corpus folder, or what the manifests' audio is relative to.
         manifest: TSVs by "train", "dev", "test", "trials", "dev_trials".
+        extras: files of a published corpus that are not in its folder, by name.
     """
 
     root: Path | None = None
     manifest: Mapping[str, Path] | None = None
+    extras: Mapping[str, Path] | None = None
 
 
 def load_probe(record: Path | str, data: Data | None = None) -> Probe:
@@ -102,7 +104,12 @@ def _question(record: RunRecord, data: Data) -> tuple[Task, Fold, LabelSet]:
             f"Fix: verify it with {record.upstream.provided_by}."
         )
     folds = load_folds(
-        task, dataset=record.task.dataset, root=data.root, manifests=data.manifest, protocol=record.task.protocol
+        task,
+        dataset=record.task.dataset,
+        root=data.root,
+        extras=data.extras,
+        manifests=data.manifest,
+        protocol=record.task.protocol,
     )
     fold = next((each for each in folds if each.name == record.task.fold), None)
     if fold is None:
@@ -144,7 +151,7 @@ def verify(
         raise RequestError(f"{path}: a failed run has no score to verify ({found.error}).")
     findings = [_items_finding(path, found)]
     try:
-        findings += _rescored(path, found, upstream, checkpoint, data or Data())
+        findings += rescored(path, found, upstream, checkpoint, data or Data())
     except RequestError as error:
         findings.append(Finding("scores from the stored probe", "not checked", str(error)))
     if retrain:
@@ -170,10 +177,14 @@ def _items_finding(path: Path, record: RunRecord) -> Finding:
     return _finding(what, record.score.value, value, None)  # the same items: nothing but equal is right
 
 
-def _rescored(
+def rescored(
     path: Path, record: RunRecord, upstream: Upstream | None, checkpoint: Path | None, data: Data
 ) -> list[Finding]:
-    """Dev and test scores of the stored probe on states encoded anew, one utterance at a time."""
+    """Dev and test scores of the stored probe on states encoded anew, one utterance at a time.
+
+    Raises:
+        RequestError: when the encoder, the data or the probe's weights are not the record's.
+    """
     assert record.score is not None
     assert record.selection is not None
     task, fold, labels = _question(record, data)

@@ -290,3 +290,92 @@ def test_the_slow_stage_is_named(toy: SimpleNamespace, train: Manifest, tmp_path
         assert clock.total_s >= clock.decode_s + clock.write_s and clock.limiting().startswith("limited by")
     assert store_extract.Clock(decode_s=9.0, total_s=10.0).limiting() == "limited by decoding, 90 % of the time"
     assert store_extract.Clock().limiting() == ""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_bytes_of_a_part_of_a_batch_come_back_without_a_copy_on_the_way(dtype: str) -> None:
+    batch = store_codec.pack(torch.randn(3, 4, 7, 6, generator=torch.Generator().manual_seed(0)), dtype)
+    part = batch[:, 2, :5]
+    pieces = store_codec.byte_pieces(part)
+    start, end = batch.data_ptr(), batch.data_ptr() + batch.nbytes
+    assert all(start <= piece.ctypes.data < end for piece in pieces)
+    before = torch.zeros(8 * 6, dtype=torch.uint8)  # another utterance's bytes before these
+    data = torch.cat([before, *map(torch.from_numpy, pieces)])
+    assert torch.equal(store_codec.of_bytes(data, len(before), tuple(part.shape), dtype), part)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 777, -1])
+def test_one_number_that_is_not_finite_is_found_and_large_ones_are_not(wrong: float, place: int) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        numbers = torch.full((2000,), torch.finfo(dtype).max, dtype=dtype)  # their sum is not finite, each of them is
+        assert bool(store_codec.finite(numbers))
+        numbers[place] = wrong
+        assert not bool(store_codec.finite(numbers))
+
+
+def test_what_is_kept_of_a_batch_is_one_piece_of_memory(toy: SimpleNamespace, train: Manifest) -> None:
+    store = built(None, toy.Upstream(), train)
+    pieces = {store.stored(name).untyped_storage().data_ptr() for name in train.ids}
+    assert len(pieces) == len(store_module.duration_batches(train, 1.0)) < len(train)
+
+
+def test_reading_fills_the_padding_with_zeros_whatever_was_there(
+    toy: SimpleNamespace, train: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = States(built(None, toy.Upstream(), train), train.ids, None, CPU)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
+    batch, num_frames = states.batch(range(len(train)))
+    assert len(set(num_frames.tolist())) > 3
+    for row, length in enumerate(num_frames.tolist()):
+        assert bool(batch[:, row, :length].isfinite().all()) and not batch[:, row, length:].any()
+
+
+def test_a_reader_that_changes_what_it_got_does_not_change_the_file(
+    toy: SimpleNamespace, train: Manifest, tmp_path: Path
+) -> None:
+    store = built(tmp_path, toy.Upstream(), train)
+    before = (store.folder / "shard-00000.bin").read_bytes()
+    store.stored(train.ids[0]).zero_()
+    assert (store.folder / "shard-00000.bin").read_bytes() == before
+    assert bool(built(tmp_path, toy.Upstream(), train).stored(train.ids[0]).any())
+
+
+def test_damage_in_any_of_many_shards_is_found(
+    toy: SimpleNamespace, train: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 10_000)
+    store = built(tmp_path, toy.Upstream(), train)
+    shards = sorted(store.folder.glob("shard-*.bin"))
+    assert len(shards) > 3
+    for path in (shards[1], shards[-1]):
+        clean = path.read_bytes()
+        path.write_bytes(clean[:-1] + bytes([clean[-1] ^ 1]))
+        with pytest.raises(CheckError, match=f"{path.name}: checksum"):
+            built(tmp_path, toy.Upstream(), train)
+        path.write_bytes(clean)
+
+
+def test_a_shard_that_cannot_be_written_ends_the_build_and_leaves_nothing_half(
+    toy: SimpleNamespace, train: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 10_000)
+    sync, calls = os.fsync, []
+
+    def full(number: int) -> None:
+        calls.append(number)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        built(tmp_path, toy.Upstream(), train)
+    monkeypatch.setattr(os, "fsync", sync)
+    (folder,) = tmp_path.iterdir()
+    data = {path.stem for path in folder.glob("shard-*.bin")}
+    assert {path.stem for path in folder.glob("shard-*.json")} <= data and not list(folder.glob("*.bin.*.tmp"))
+    whole = built(tmp_path / "whole", toy.Upstream(), train)
+    again = built(tmp_path, toy.Upstream(), train)
+    assert all(torch.equal(again.stored(name), whole.stored(name)) for name in train.ids)

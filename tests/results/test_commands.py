@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from superb_probe import cli
+from superb_probe.downstreams.corpora import CORPORA
 from superb_probe.results.record import RunRecord, write_record
 
 Make = Callable[..., RunRecord]
@@ -80,7 +81,17 @@ def test_citations_of_what_is_in_the_table(runs: Path, tmp_path: Path, make_reco
     text = (tmp_path / "board.bib").read_text()
     assert "asv" in text
     assert "@misc{" in text
+    assert "Nagrani et al., VoxCeleb" in text
+    assert "annote = {corpus voxceleb1}" in text
     assert text.rstrip().endswith("% no citation declared: one, two")
+
+
+def test_every_corpus_has_a_citation_and_mini_too(runs: Path, tmp_path: Path, make_record: Make) -> None:
+    assert all(corpus.info.citation for corpus in CORPORA.values())
+    changes = {"task.dataset": "mini", "upstream.name": "fbank"}
+    write_record(make_record(**changes), None, runs)
+    assert cli.main(["leaderboard", "--runs", "runs", "--out", "board.tex", "--cite"]) == 0
+    assert "the embedded corpus of superb-probe" in (tmp_path / "board.bib").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,132 @@
+"""What the types and the crops that stores keep do to scores, on the embedded corpus: the tables of docs/stores.md.
+
+Usage: python tools/store_effects.py dtypes --task ic --upstream transformer_hubert --size tiny --random 1
+       python tools/store_effects.py crops --upstream fbank_no_cmvn --steps 300
+
+Each row is a paired difference: the score of a seed of the probe less the score of the same seed with float32 states
+("dtypes") or with crops encoded anew at every access ("crops"), with the 95 % interval of Student's t over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from superb_probe import run
+from superb_probe.downstreams.audio import read_waveform
+from superb_probe.downstreams.base import Fold, Task
+from superb_probe.downstreams.load import load_task
+from superb_probe.downstreams.manifest import Manifest
+from superb_probe.downstreams.mini import mini_root, read_splits
+from superb_probe.downstreams.sid import INFO, SpeakerIdentification
+from superb_probe.downstreams.support import own_corpus
+from superb_probe.probes.statistics import t_interval
+from superb_probe.upstreams.base import LayerStates, Upstream
+from superb_probe.upstreams.load import load_upstream
+
+CROP_S = 1.0  # of sentences of 2 to 7 s: a smaller part of them than 8 s are of VoxCeleb's
+
+
+class Computed(Upstream):
+    """The float32 states of an encoder over the embedded corpus, computed once and given by utterance id."""
+
+    def __init__(self, encoder: Upstream, task: Task) -> None:
+        """Encodes every utterance of a task by itself."""
+        super().__init__()
+        self.info, self.encoder, self._states = encoder.info, encoder, dict[str, Tensor]()
+        for fold in task.splits(mini_root()):
+            for manifest in fold.manifests.values():
+                for utterance in manifest:
+                    wave = read_waveform(utterance, manifest.root, encoder.info.sample_rate_hz, task.info.waveform)
+                    self._states[utterance.id] = encoder.extract([torch.from_numpy(wave)]).states[:, 0].clone()
+
+    def num_frames(self, num_samples: int) -> int:
+        """Those of the encoder."""
+        return self.encoder.num_frames(num_samples)
+
+    def states_for(self, utterance_id: str) -> Tensor:
+        """The states (L, T, D) of an utterance."""
+        return self._states[utterance_id]
+
+    def forward(self, wavs: Tensor, num_samples: Tensor) -> LayerStates:
+        """Not there: the states are."""
+        raise NotImplementedError
+
+
+class ShortCrops(SpeakerIdentification):
+    """SID on the sentences of the embedded corpus, cut to a second in training."""
+
+    info = replace(INFO, budgets={name: replace(budget, max_crop_s=CROP_S) for name, budget in INFO.budgets.items()})
+
+    def splits(self, root: Path) -> list[Fold]:
+        """The sentences of the training speakers: of each speaker every fifth is dev, the one after it test."""
+        sentences = read_splits(mini_root(), "read")["train"]
+        count: dict[str, int] = {}
+        parts: dict[str, list[Any]] = {"train": [], "dev": [], "test": []}
+        for utterance in sentences:
+            number = count[utterance.labels["speaker"]] = count.get(utterance.labels["speaker"], -1) + 1
+            parts[{3: "dev", 4: "test"}.get(number % 5, "train")].append(utterance)
+        made = {split: Manifest(part, sentences.root, f"crops.{split}") for split, part in parts.items()}
+        return [Fold(None, {split: own_corpus(manifest, "mini") for split, manifest in made.items()})]
+
+
+def short_crops() -> Task:
+    """The task, for `run`."""
+    return ShortCrops()
+
+
+def scores(upstream: Any, task: str, args: argparse.Namespace, **options: Any) -> np.ndarray[Any, Any]:
+    """The test score of every seed."""
+    shared = {"lr": [args.lr], "seed": args.seed, "steps": args.steps, "device": "cpu"}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stderr):
+        records = run(upstream, task, **shared, out=Path(folder), **options)
+    values = {record.probe.seed: record.score.value for record in records if record.score is not None}
+    return np.array([values[seed] for seed in args.seed])
+
+
+def row(name: str, found: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> str:
+    """One line of a table."""
+    low, high = t_interval(found - base)
+    return f"| {name} | {found.mean():.2f} | {found.std(ddof=1):.2f} | {(found - base).mean():+.2f} | {low:+.2f} to {high:+.2f} |"
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("dtypes", "crops"))
+    parser.add_argument("--task", default="ic")
+    parser.add_argument("--upstream", default="transformer_hubert")
+    parser.add_argument("--size")
+    parser.add_argument("--random", type=int)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--crops", nargs="+", type=int, default=[2, 8])
+    args = parser.parse_args()
+    encoder = load_upstream(args.upstream, size=args.size, random=args.random)
+    print("| states | mean score | deviation over seeds | mean difference | its 95 % interval |\n|---|---|---|---|---|")
+    if args.what == "dtypes":
+        upstream = Computed(encoder, load_task(args.task))
+        base = scores(upstream, args.task, args, feature_dtype="float32")
+        print(row("float32", base, base), flush=True)
+        for dtype in ("float16", "bfloat16", "int8"):
+            print(row(dtype, scores(upstream, args.task, args, feature_dtype=dtype), base), flush=True)
+        return
+    task = f"{Path(__file__)}:short_crops"
+    base = scores(encoder, task, args, crops=0)
+    print(row("crops encoded anew", base, base), flush=True)
+    for crops in args.crops:
+        print(row(f"{crops} crops kept", scores(encoder, task, args, crops=crops), base), flush=True)
+
+
+if __name__ == "__main__":
+    main()
