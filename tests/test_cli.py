@@ -206,6 +206,7 @@ EVERY_FLAG = {
     "manifest": (["train=a", "trials=t"], {"train": Path("a"), "trials": Path("t")}),
     "root": (["r"], Path("r")),
     "head": (["xvector"], "xvector"),
+    "head_option": (["width=64", "lm=m.arpa"], {"width": 64, "lm": "m.arpa"}),
     "layer": (["0"], 0),
     "layer_norm": ([], True),
     "budget": (["full"], "full"),

@@ -406,3 +406,24 @@ def test_the_command_and_the_machine_are_in_the_record(
     assert record.environment.command == "python run_superb.py --upstream 'a b'"
     text = record_path(tmp_path / "runs", TASK, "spectrum", record.run_id).read_text()
     assert json.loads(text)["environment"]["torch"] == str(torch.__version__)
+
+
+def test_options_of_the_head_are_another_run_and_are_told(tmp_path: Path) -> None:
+    common = {"lr": [1e-2], "steps": 3, "limit": 20}
+    (plain,) = run(Spectrum(), TASK, out=tmp_path, **common)
+    (narrow,) = run(Spectrum(), TASK, out=tmp_path, head_option={"width": 8}, **common)
+    assert narrow.run_id != plain.run_id and narrow.probe.head_options["width"] == 8
+    assert narrow.probe.trainable_params < plain.probe.trainable_params
+    assert "head options width=8" in narrow.task.protocol_deviations
+    assert not any("head options" in each for each in plain.task.protocol_deviations)
+    with pytest.raises(RequestError, match="wdth"):
+        run(Spectrum(), TASK, out=tmp_path, head_option={"wdth": 8}, **common)
+
+
+def test_a_file_among_the_options_is_known_by_its_bytes(tmp_path: Path) -> None:
+    model = tmp_path / "lm.arpa"
+    model.write_text("one")
+    first = engine_request.identified({"lm": str(model), "width": 8})
+    model.write_text("two")
+    assert first["lm"].startswith("lm.arpa@sha256:") and first["width"] == 8
+    assert engine_request.identified({"lm": str(model)})["lm"] != first["lm"]
