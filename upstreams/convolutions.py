@@ -16,6 +16,7 @@ from superb_probe.errors import RequestError
 from superb_probe.upstreams import fused_cuda
 from superb_probe.upstreams.base import frame_mask
 from superb_probe.upstreams.config import HubertConfig
+from superb_probe.upstreams.cuda_kernels import can_run
 
 # Elements of the first convolution's output worked on at once without gradients. It is by far the largest activation.
 _SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**29}
@@ -68,8 +69,8 @@ class ConvLayer(nn.Module):
 
     def _fused(self, x: Tensor, conv: nn.Conv1d) -> bool:
         """Whether the GPU's kernel for a waveform and a norm over channels can run."""
-        known = x.shape[2] == 1 and x.dtype == torch.float32 and conv.weight.dtype in fused_cuda.KINDS
-        return x.is_cuda and known and conv.out_channels % 32 == 0 and not torch.is_grad_enabled()
+        known = x.shape[2] == 1 and x.dtype == torch.float32 and can_run(x.device, conv.weight.dtype)
+        return known and conv.out_channels % 32 == 0 and not torch.is_grad_enabled()
 
 
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -146,7 +147,7 @@ def normalized_waveform_conv(wavs: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm, 
     shift = norm.bias.double() - torch.einsum("bck,bk->bc", weight, mean - level)
     wavs, weight, shift = (wavs - level.to(wavs.dtype)), weight.to(wavs.dtype), shift.to(wavs.dtype)
     dtype = conv.weight.dtype
-    if wavs.is_cuda and wavs.dtype == torch.float32 and dtype in fused_cuda.KINDS and not torch.is_grad_enabled():
+    if wavs.dtype == torch.float32 and can_run(wavs.device, dtype) and not torch.is_grad_enabled():
         return fused_cuda.waveform_conv_gelu(wavs, weight, shift, stride, dtype)
     windows = wavs.unfold(1, kernel, stride)
     return F.gelu(torch.baddbmm(shift[:, None], windows, weight.transpose(1, 2))).to(dtype)

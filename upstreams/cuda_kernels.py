@@ -17,7 +17,20 @@ import torch
 from superb_probe.errors import CheckError
 
 SOURCES = Path(__file__).parent
+COMMON = "values.cuh"  # what every source begins with
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Value: TypeAlias = "ctypes.Structure | ctypes._SimpleCData[Any]"  # an argument of a kernel
+
+
+def can_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels can run on values of a type: on an NVIDIA GPU, bfloat16 from compute capability 8.0 on.
+
+    >>> can_run(torch.device("cpu"), torch.float32)
+    False
+    """
+    if device.type != "cuda" or torch.version.cuda is None or dtype not in KINDS:
+        return False
+    return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class KernelError(CheckError):
@@ -59,7 +72,7 @@ def compile_source(name: str, macros: tuple[tuple[str, int], ...], architecture:
         KernelError: with the compiler's words.
     """
     nvrtc = _compiler()
-    source = (SOURCES / name).read_bytes()
+    source = (SOURCES / COMMON).read_bytes() + (SOURCES / name).read_bytes()
     program = ctypes.c_void_p()
     _check_nvrtc(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), 0, None, None), name)
     flags = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{key}={value}" for key, value in macros)]

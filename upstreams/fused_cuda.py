@@ -7,10 +7,9 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from superb_probe.upstreams.cuda_kernels import Value, launch
+from superb_probe.upstreams.cuda_kernels import KINDS, Value, launch
 
 SOURCE = "front_end.cu"
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WALK_FRAMES = 64  # of a block of `waveform_conv_gelu`, as its source says
 NORM_BLOCK_FRAMES = 64  # of a block of `waveform_conv_norm_gelu`
 DEPTHWISE_FRAMES = 32  # of a thread of `depthwise_conv_silu`

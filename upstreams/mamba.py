@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from superb_probe.upstreams import fused_cuda
 from superb_probe.upstreams.base import frame_mask
+from superb_probe.upstreams.cuda_kernels import can_run
 from superb_probe.upstreams.scan import selective_scan
 
 
@@ -63,7 +64,7 @@ def depthwise_conv_silu(
     x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None, *, reverse: bool = False
 ) -> Tensor:
     """SiLU of `depthwise_conv`; in one kernel on a GPU without gradients."""
-    if x.is_cuda and x.dtype in fused_cuda.KINDS and not torch.is_grad_enabled():
+    if can_run(x.device, x.dtype) and not torch.is_grad_enabled():
         return fused_cuda.depthwise_conv_silu(x, weight, bias, tail, reverse)
     return F.silu(depthwise_conv(x, weight, bias, tail, reverse=reverse))
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from superb_probe.upstreams.cuda_kernels import launch
+from superb_probe.upstreams.cuda_kernels import KINDS, can_run, launch
 
 SOURCE = "scan_forward.cu"
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_STATES = 64
 TILE_FRAMES = 16
 THREADS = 128
@@ -59,11 +58,11 @@ class _Arguments(ctypes.Structure):
 
 def supports(u: Tensor, b: Tensor, a: Tensor) -> bool:
     """Whether the kernel can run on inputs like these: a GPU, a dtype it knows, at most 64 states, each with its own decay."""
-    return u.is_cuda and u.dtype in KINDS and b.shape[1] <= MAX_STATES and a.shape[1] == b.shape[1] and u.shape[2] > 0
+    return can_run(u.device, u.dtype) and b.shape[1] <= MAX_STATES and a.shape[1] == b.shape[1] and u.shape[2] > 0
 
 
 def choose_split(batch: int, width: int, frames: int, states: int, pairs: bool, narrow: bool) -> Split:
-    """The layout for a shape, as measured on an H100 with bf16 (docs/kernels.md).
+    """The layout for a shape, as measured on an H100 with bf16.
 
     Args:
         batch: B.

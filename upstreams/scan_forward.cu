@@ -8,32 +8,6 @@
 // SOFTPLUS, REVERSE, OUTPUT (0: only each chunk's last state and sum of steps), POLYNOMIAL (states of a lane whose exponential
 // runs on the multiply-add units).
 
-#if KIND == 0
-typedef float value_t;
-__device__ __forceinline__ float widen(value_t x) { return x; }
-__device__ __forceinline__ value_t narrow(float x) { return x; }
-#elif KIND == 1
-typedef unsigned short value_t;
-__device__ __forceinline__ float widen(value_t x) { return __uint_as_float((unsigned)x << 16); }
-__device__ __forceinline__ value_t narrow(float x) {
-  value_t y;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-  return y;
-}
-#else
-typedef unsigned short value_t;
-__device__ __forceinline__ float widen(value_t x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
-__device__ __forceinline__ value_t narrow(float x) {
-  value_t y;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-  return y;
-}
-#endif
-
 #define LOG2E 1.4426950408889634f
 
 // CHANNELS neighbouring values as floats, in one load.
