@@ -10,11 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from superb_probe.errors import RequestError
+
+if TYPE_CHECKING:
+    from superb_probe.upstreams.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,21 @@ class Upstream(nn.Module, ABC):
         padded = nn.utils.rnn.pad_sequence([w.float() for w in wavs], batch_first=True)
         with torch.inference_mode():
             return self(padded.to(device), num_samples.to(device))  # type: ignore[no-any-return]
+
+    def stream(self, *, window_frames: int | None = None) -> Stream:
+        """A stream: one utterance encoded as its samples come, with the states of `extract` but for rounding.
+
+        Args:
+            window_frames: frames that attention sees, the current one included, which bounds its memory; states then differ from
+                `extract`'s. None is all of the past.
+
+        Raises:
+            RequestError: if frames of this upstream depend on the whole utterance; the message names a variant that can stream.
+        """
+        raise RequestError(
+            f"{self.info.name} cannot stream: it gives no states before it has the whole utterance. "
+            "Fix: --upstream mamba_hubert_causal or transformer_hubert_causal, at size test or tiny."
+        )
 
 
 def normalize_waveforms(wavs: Tensor, num_samples: Tensor) -> Tensor:

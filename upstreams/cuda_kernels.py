@@ -18,8 +18,9 @@ from superb_probe.errors import CheckError
 
 SOURCES = Path(__file__).parent
 COMMON = "values.cuh"  # what every source begins with
+_MAX_DYNAMIC_SHARED_BYTES = 8  # the driver's number of that attribute of a function
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-Value: TypeAlias = "ctypes.Structure | ctypes._SimpleCData[Any]"  # an argument of a kernel
+Value: TypeAlias = "ctypes.Structure | ctypes.Array[Any] | ctypes._SimpleCData[Any]"  # an argument of a kernel
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
@@ -31,6 +32,17 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or dtype not in KINDS:
         return False
     return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def shared_limit_bytes(device: torch.device) -> int:
+    """The most memory that the threads of a block can share."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 48 * 1024))
+
+
+def processor_count(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class KernelError(CheckError):
@@ -116,6 +128,11 @@ def _check_driver(status: int, name: str) -> None:
         raise KernelError(f"{name}: the CUDA driver says {(text.value or b'?').decode()} ({status})")
 
 
+def in_pairs(x: torch.Tensor) -> bool:
+    """Whether two neighbouring channels of (B, T, E) can be read at once, everywhere."""
+    return x.data_ptr() % (2 * x.element_size()) == 0 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0
+
+
 def launch(
     name: str,
     entry: str,
@@ -124,6 +141,7 @@ def launch(
     grid: tuple[int, int, int],
     threads: int,
     arguments: Sequence[Value],
+    shared_bytes: int = 0,
 ) -> None:
     """Start a kernel on the current stream of a device.
 
@@ -135,6 +153,7 @@ def launch(
         grid: blocks.
         threads: of a block.
         arguments: the kernel's arguments in order, as ctypes values.
+        shared_bytes: of memory shared by a block beyond what the source declares; at most `shared_limit_bytes`.
 
     Raises:
         KernelError: if it cannot be compiled or started.
@@ -142,6 +161,9 @@ def launch(
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):
         function = _function(name, entry, tuple(sorted(macros.items())), index)
+        if shared_bytes:
+            _check_driver(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes), name)
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
-        _check_driver(_driver().cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, pointers, None), name)
+        status = _driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared_bytes, stream, pointers, None)
+        _check_driver(status, name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from superb_probe.errors import RequestError
 from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo, frame_mask
+from superb_probe.upstreams.stream import WindowedStream
 
 PROVIDES = ("fbank", "fbank_no_cmvn", "mfcc")
 
@@ -28,7 +29,7 @@ ENERGY_FLOOR = torch.finfo(torch.float32).eps  # what Kaldi puts under a mel ene
 DELTA_REACH_FRAMES = 2  # a window of five frames
 CMVN_EPS = 1e-10
 CEPSTRAL_LIFTER = 22.0
-SIZES = (None, "test", "tiny", "small", "base")  # one and the same here: there are no weights
+SIZES = (None, "test", "tiny", "matched", "small", "base")  # one and the same here: there are no weights
 REVISION = "analytic:1"  # the version of these formulas: raised when a number can change
 
 
@@ -174,6 +175,12 @@ class FilterBank(Upstream):
         if self.cmvn:
             features = normalize_frames(features, mask)
         return LayerStates(features.masked_fill(~mask[..., None], 0.0).float()[None], counts)
+
+    def stream(self, *, window_frames: int | None = None) -> WindowedStream:
+        """A stream over one utterance; see `Upstream.stream`."""
+        if window_frames is not None:
+            raise RequestError(f"{self.info.name}: window_frames is for attention, which it has not. Fix: drop it.")
+        return WindowedStream(self, past_frames=2 * DELTA_REACH_FRAMES)
 
 
 def _refuse_weights(name: str, checkpoint: str | None, size: str | None, random: int | None) -> None:

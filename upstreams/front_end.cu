@@ -1,9 +1,7 @@
 // Fused elementwise stages of the HuBERT encoders, compiled at run time: each value is read once and written once.
 //
-// Macros set by the host: KIND (0 float, 1 bfloat16, 2 half), KERNEL (taps), and for the waveform convolutions STRIDE, CHANNELS;
-// for the depthwise convolution REVERSE, HAS_TAIL, FRAMES (frames of a thread).
+// Macros set by the host: KIND (0 float, 1 bfloat16, 2 half), KERNEL (taps), STRIDE, CHANNELS.
 
-#ifdef STRIDE
 // The first convolution of a waveform, its normalisation folded into weights of each row, and GELU:
 // y[t, c] = GELU(shift[c] + sum over k of weight[c, k] x[STRIDE t + k]). A thread has one channel and walks over frames.
 #define WALK 64
@@ -29,9 +27,8 @@ extern "C" __global__ void __launch_bounds__(256)
     to[(long long)t * CHANNELS] = narrow(0.5f * sum * (1.0f + erff(sum * 0.70710678f)));
   }
 }
-#endif
 
-#if defined(STRIDE) && CHANNELS % 32 == 0
+#if CHANNELS % 32 == 0
 // The same with a bias, then LayerNorm over the channels of each frame, then GELU. A warp has GROUP frames, a lane every 32nd channel
 // of them, so that a weight read from shared memory serves GROUP frames.
 #define GROUP 4
@@ -94,44 +91,6 @@ extern "C" __global__ void __launch_bounds__(NORM_WARPS * 32)
         to[j * 32] = narrow(0.5f * z * (1.0f + erff(z * 0.70710678f)));
       }
     }
-  }
-}
-#endif
-
-#ifdef FRAMES
-// A causal depthwise convolution (reversed: each frame and the ones after it) and SiLU. A thread has one channel and FRAMES frames.
-extern "C" __global__ void __launch_bounds__(128)
-    depthwise_conv_silu(const value_t* x, const value_t* weight, const value_t* bias, const value_t* tail, value_t* y,
-                        long long x_row, long long x_frame, int frames, int width) {
-  const int e = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.z, first = blockIdx.y * FRAMES;
-  if (e >= width) return;
-  const value_t* from = x + row * x_row + e;
-  float taps[KERNEL], window[KERNEL];
-#pragma unroll
-  for (int k = 0; k < KERNEL; ++k) taps[k] = widen(weight[(long long)e * KERNEL + k]);
-  const float start = widen(bias[e]);
-  const int last = min(first + FRAMES, frames);
-  // Logical steps run forwards, or backwards from the last frame; window[k] is the input KERNEL - 1 - k steps ago.
-  auto input = [&](int t) -> float {
-    if (t >= 0 && t < frames) return widen(from[(long long)t * x_frame]);
-#if HAS_TAIL
-    if (!REVERSE && t < 0) return widen(tail[((long long)row * (KERNEL - 1) + t + KERNEL - 1) * width + e]);
-#endif
-    return 0.0f;
-  };
-#pragma unroll
-  for (int k = 1; k < KERNEL; ++k) window[k] = input(REVERSE ? last - 1 + KERNEL - k : first - KERNEL + k);
-#pragma unroll 8
-  for (int i = 0; i < FRAMES; ++i) {
-    const int t = REVERSE ? last - 1 - i : first + i;
-    if (t < first || t >= last) break;
-#pragma unroll
-    for (int k = 0; k < KERNEL - 1; ++k) window[k] = window[k + 1];
-    window[KERNEL - 1] = widen(from[(long long)t * x_frame]);
-    float sum = start;
-#pragma unroll
-    for (int k = 0; k < KERNEL; ++k) sum = fmaf(taps[k], window[k], sum);
-    y[((long long)row * frames + t) * width + e] = narrow(sum / (1.0f + __expf(-sum)));
   }
 }
 #endif

@@ -1,18 +1,25 @@
-"""Elementwise stages of the encoders on an NVIDIA GPU, each in one pass over memory: kernels in `front_end.cu`, no gradients."""
+"""Elementwise stages of the encoders on an NVIDIA GPU, each in one pass over memory.
+
+Kernels in `front_end.cu` (no gradients) and `depthwise.cu` (with gradients).
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from superb_probe.upstreams.cuda_kernels import KINDS, Value, launch
+from superb_probe.upstreams.cuda_kernels import KINDS, Value, in_pairs, launch
 
 SOURCE = "front_end.cu"
+DEPTHWISE_SOURCE = "depthwise.cu"
 WALK_FRAMES = 64  # of a block of `waveform_conv_gelu`, as its source says
 NORM_BLOCK_FRAMES = 64  # of a block of `waveform_conv_norm_gelu`
-DEPTHWISE_FRAMES = 32  # of a thread of `depthwise_conv_silu`
+DEPTHWISE_FRAMES = 64  # of a thread of `depthwise_conv_silu`
 
 
 def _address(x: Tensor | None) -> Value:
@@ -75,34 +82,69 @@ def waveform_conv_norm_gelu(wavs: Tensor, conv: nn.Conv1d, norm: nn.LayerNorm, d
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, reverse: bool) -> Tensor:
-    """SiLU of a causal depthwise convolution.
+    """SiLU of a causal depthwise convolution, with gradients of all but the tail.
 
     Args:
         x: (B, T, E), channels innermost in memory.
         weight: (E, 1, K).
         bias: (E,).
         tail: (B, K - 1, E) inputs before the first frame; None for zeros.
-        reverse: each frame and those after it, instead of those before.
+        reverse: each frame and those after it, instead of those before; without a tail.
     """
-    batch, frames, width = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
-    weight, bias = weight.to(x.dtype).contiguous(), bias.to(x.dtype).contiguous()
     tail = None if tail is None else tail.to(x.dtype).contiguous()
-    y = torch.empty(batch, frames, width, dtype=x.dtype, device=x.device)
-    macros = {
+    return _DepthwiseConv.apply(x, weight[:, 0].float().contiguous(), bias.float().contiguous(), tail, reverse)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _depthwise_macros(
+    x: Tensor, weight: Tensor, tail: Tensor | None, reverse: bool, others: Sequence[Tensor]
+) -> dict[str, int]:
+    pairs = x.shape[2] % 2 == 0 and all(in_pairs(each) for each in (x, *others))
+    return {
         "KIND": KINDS[x.dtype],
-        "KERNEL": weight.shape[-1],
+        "KERNEL": weight.shape[1],
         "REVERSE": int(reverse),
         "HAS_TAIL": int(tail is not None),
         "FRAMES": DEPTHWISE_FRAMES,
+        "CHANNELS": 2 if pairs else 1,
     }
-    arguments: list[Value] = [*map(_address, (x, weight, bias, tail, y))]
-    arguments += [
-        ctypes.c_longlong(x.stride(0)),
-        ctypes.c_longlong(x.stride(1)),
-        ctypes.c_int(frames),
-        ctypes.c_int(width),
-    ]
-    grid = (-(-width // 128), -(-frames // DEPTHWISE_FRAMES), batch)
-    launch(SOURCE, "depthwise_conv_silu", macros, x.device, grid, 128, arguments)
-    return y
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """`depthwise_conv_silu` with weights (E, K) in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, reverse: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, tail)
+        ctx.reverse = reverse
+        batch, frames, width = x.shape
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        macros = _depthwise_macros(x, weight, tail, reverse, ())
+        arguments: list[Value] = [*map(_address, (x, weight, bias, tail, y)), *map(ctypes.c_longlong, x.stride()[:2])]
+        arguments += [ctypes.c_int(frames), ctypes.c_int(width)]
+        grid = (-(-width // (128 * macros["CHANNELS"])), -(-frames // DEPTHWISE_FRAMES), batch)
+        launch(DEPTHWISE_SOURCE, "depthwise_conv_silu", macros, x.device, grid, 128, arguments)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, tail = ctx.saved_tensors
+        if ctx.needs_input_grad[3]:
+            raise NotImplementedError("the fused convolution gives no gradient of its tail")
+        batch, frames, width = x.shape
+        dy = dy if dy.stride(2) == 1 else dy.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        macros = _depthwise_macros(x, weight, tail, ctx.reverse, (dy,))
+        pieces = -(-frames // DEPTHWISE_FRAMES)
+        sums = weight.new_empty(batch, pieces, width, weight.shape[1] + 1)
+        arguments: list[Value] = [*map(_address, (x, weight, bias, tail, dy, dx, sums))]
+        arguments += [
+            *map(ctypes.c_longlong, (*x.stride()[:2], *dy.stride()[:2])),
+            ctypes.c_int(frames),
+            ctypes.c_int(width),
+        ]
+        grid = (-(-width // (128 * macros["CHANNELS"])), pieces, batch)
+        launch(DEPTHWISE_SOURCE, "depthwise_conv_silu_backward", macros, x.device, grid, 128, arguments)
+        total = sums.sum((0, 1))
+        return dx, total[:, :-1], total[:, -1], None, None

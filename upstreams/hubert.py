@@ -17,6 +17,7 @@ from superb_probe.errors import RequestError
 from superb_probe.upstreams.base import LayerStates, frame_mask, normalize_waveforms
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.convolutions import FeatureExtractor, PositionalConv, conv_frames, reset_pos_conv_
+from superb_probe.upstreams.linear import Linear
 from superb_probe.upstreams.mamba import InnBiMamba, Mamba, Mamba2, MambaLayer, zero_padding
 from superb_probe.upstreams.transformer import TransformerLayer
 
@@ -116,7 +117,7 @@ class HubertEncoder(nn.Module):
         width = config.conv_layers[-1][0]
         self.feature_extractor = FeatureExtractor(config)
         self.layer_norm = nn.LayerNorm(width)
-        self.post_extract_proj = nn.Linear(width, config.dim) if width != config.dim else None
+        self.post_extract_proj = Linear(width, config.dim) if width != config.dim else None
         self.mask_emb = nn.Parameter(torch.empty(config.dim))
         self.encoder = Encoder(config)
         self.final_proj = nn.Linear(config.dim, config.final_dim) if config.final_dim else None

@@ -15,7 +15,8 @@ from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo
 from superb_probe.upstreams.checkpoints import Checkpoint, read_checkpoint
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.hubert import HubertEncoder
-from superb_probe.upstreams.sizes import FAMILIES, check_family, size_config
+from superb_probe.upstreams.sizes import DEFAULT_SIZE, FAMILIES, check_family, size_config
+from superb_probe.upstreams.stream import HubertStream
 
 WEIGHTS = Path(__file__).parent / "weights"
 _CITATION_HUBERT = "Hsu et al., HuBERT, arXiv 2106.07447"
@@ -52,6 +53,10 @@ class HubertUpstream(Upstream):
         states: LayerStates = self.encoder(wavs, num_samples)
         return states
 
+    def stream(self, *, window_frames: int | None = None) -> HubertStream:
+        """A stream over one utterance; see `Upstream.stream`."""
+        return HubertStream(self.encoder, self.info, window_frames)
+
 
 def build_hubert(
     name: str,
@@ -65,7 +70,7 @@ def build_hubert(
     Args:
         name: one of `superb_probe.upstreams.sizes.FAMILIES`.
         checkpoint: a file or folder in any format of `read_checkpoint`; its own configuration and shapes count.
-        size: without a checkpoint: "test", "tiny", "small" or "base"; None is tiny.
+        size: without a checkpoint: one of `superb_probe.upstreams.sizes.SIZES`; None is its DEFAULT_SIZE.
         random: seed of random weights.
         causal_front_end: see `superb_probe.upstreams.sizes.size_config`; not with a checkpoint.
 
@@ -81,19 +86,30 @@ def build_hubert(
         if size is not None:
             warnings.warn(f"{name}: size {size!r} is not used: the checkpoint's own shapes count.", stacklevel=3)
         return _from_checkpoint(name, read_checkpoint(checkpoint), str(checkpoint), causal_front_end)
-    shipped = WEIGHTS / f"{'transformer_hubert' if FAMILIES[name].mask_at_probing else name}.safetensors"
-    if random is None and size in (None, "tiny") and shipped.is_file():
+    shipped = shipped_weights(name, causal_front_end)
+    if random is None and size in (None, DEFAULT_SIZE) and shipped.is_file():
         return _from_checkpoint(name, read_checkpoint(shipped), "the shipped weights", causal_front_end)
-    config = size_config(name, size or "tiny", causal_front_end)
+    config = size_config(name, size or DEFAULT_SIZE, causal_front_end)
     if random is None:
         random = 0
         warnings.warn(
-            f"{name}: no trained weights of size {size or 'tiny'} are shipped, so these are RANDOM (seed 0); scores say nothing "
+            f"{name}: no trained weights of size {size or DEFAULT_SIZE} are shipped, so these are RANDOM (seed 0); scores say nothing "
             "about a trained encoder. Give a checkpoint, or --random SEED to ask for random weights.",
             RandomWeightsWarning,
             stacklevel=3,
         )
     return _from_seed(name, config, random)
+
+
+def shipped_weights(name: str, causal_front_end: bool | None = None) -> Path:
+    """Where the weights of a name would lie that ship with the package, whether they do or not.
+
+    A causal encoder may have two: with the front end of its size, and with the published one.
+    """
+    published = WEIGHTS / f"{name}-published-front-end.safetensors"
+    if causal_front_end is False and published.is_file():
+        return published
+    return WEIGHTS / f"{'transformer_hubert' if FAMILIES[name].mask_at_probing else name}.safetensors"
 
 
 def _from_checkpoint(name: str, checkpoint: Checkpoint, where: str, causal_front_end: bool | None) -> HubertUpstream:

@@ -7,16 +7,18 @@ backward scans start at a row's own end, so that an utterance's states do not de
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superb_probe.upstreams import fused_cuda
+from superb_probe.upstreams import fused_cpu, fused_cuda
 from superb_probe.upstreams.base import frame_mask
 from superb_probe.upstreams.cuda_kernels import can_run
+from superb_probe.upstreams.linear import Linear, linear
 from superb_probe.upstreams.scan import selective_scan
+from superb_probe.upstreams.scan_cuda import selective_scan_both
 
 
 class MixerState(NamedTuple):
@@ -63,9 +65,13 @@ def depthwise_conv(
 def depthwise_conv_silu(
     x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None, *, reverse: bool = False
 ) -> Tensor:
-    """SiLU of `depthwise_conv`; in one kernel on a GPU without gradients."""
-    if can_run(x.device, x.dtype) and not torch.is_grad_enabled():
+    """SiLU of `depthwise_conv`; in one kernel on a GPU, and without gradients on a CPU with a compiler."""
+    if can_run(x.device, x.dtype) and (tail is None or not tail.requires_grad):
         return fused_cuda.depthwise_conv_silu(x, weight, bias, tail, reverse)
+    if not torch.is_grad_enabled():
+        fused = fused_cpu.depthwise_conv_silu(x, weight, bias, tail, reverse)
+        if fused is not None:
+            return fused
     return F.silu(depthwise_conv(x, weight, bias, tail, reverse=reverse))
 
 
@@ -102,13 +108,13 @@ class Mamba(nn.Module):
         self.dt_rank = math.ceil(dim / 16)
         self.state_dim = state_dim
         self.reverse = reverse
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.in_proj = Linear(dim, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, conv_kernel, groups=inner)
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * state_dim, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.x_proj = Linear(inner, self.dt_rank + 2 * state_dim, bias=False)
+        self.dt_proj = Linear(self.dt_rank, inner)
         self.A_log = nn.Parameter(initial_a_log(inner, state_dim))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
 
     @torch.no_grad()
     def reset_scan_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -196,27 +202,62 @@ def selective_mix(
     Returns:
         (B, T, E), and the state after the last frame.
     """
+    arguments = scan_arguments(hidden, gate, conv1d, x_proj, dt_proj, a_log, d, reverse, num_frames, initial)
+    y, last = selective_scan(**arguments, reverse=reverse)
+    tail = None if initial is None else initial.conv
+    return y.transpose(1, 2), MixerState(last_inputs(hidden, tail, num_frames, conv1d.weight.shape[-1] - 1), last)
+
+
+def scan_arguments(
+    hidden: Tensor,
+    gate: Tensor | None,
+    conv1d: nn.Conv1d,
+    x_proj: nn.Linear,
+    dt_proj: nn.Linear,
+    a_log: Tensor,
+    d: Tensor,
+    reverse: bool,
+    num_frames: Tensor | None,
+    initial: MixerState | None = None,
+) -> dict[str, Any]:
+    """What `selective_scan` is called with in `selective_mix`, but for `reverse`; arguments as there."""
     if conv1d.bias is None:
         raise ValueError("the depthwise convolution of a Mamba mixer has a bias")
     tail = None if initial is None else initial.conv
     u = depthwise_conv_silu(hidden, conv1d.weight, conv1d.bias, tail, reverse=reverse)
     state_dim = a_log.shape[1]
     step, b, c = torch.split(x_proj(u), [dt_proj.in_features, state_dim, state_dim], dim=-1)
-    y, last = selective_scan(
-        u.transpose(1, 2),
-        F.linear(step, dt_proj.weight).transpose(1, 2),
-        -torch.exp(at_least_float(a_log)),
-        b.transpose(1, 2),
-        c.transpose(1, 2),
-        d,
-        z=None if gate is None else gate.transpose(1, 2),
-        delta_bias=dt_proj.bias,
-        delta_softplus=True,
-        reverse=reverse,
-        num_frames=num_frames,
-        initial_state=None if initial is None else initial.scan,
-    )
-    return y.transpose(1, 2), MixerState(last_inputs(hidden, tail, num_frames, conv1d.weight.shape[-1] - 1), last)
+    return {
+        "u": u.transpose(1, 2),
+        "delta": linear(step, dt_proj.weight).transpose(1, 2),
+        "A": -torch.exp(at_least_float(a_log)),
+        "B": b.transpose(1, 2),
+        "C": c.transpose(1, 2),
+        "D": d,
+        "z": None if gate is None else gate.transpose(1, 2),
+        "delta_bias": dt_proj.bias,
+        "delta_softplus": True,
+        "num_frames": num_frames,
+        "initial_state": None if initial is None else initial.scan,
+    }
+
+
+def mix_both(ahead: Mamba, back: Mamba, x: Tensor, num_frames: Tensor | None) -> Tensor:
+    """The sum of a mixer forwards in time and one backwards, (B, T, D); on a GPU without gradients, both scans in one launch."""
+    if not x.is_cuda or torch.is_grad_enabled():
+        return ahead(x, num_frames) + back(x, num_frames)  # type: ignore[no-any-return]
+    x = zero_padding(x, num_frames)
+    scans = []
+    for mixer in (ahead, back):
+        hidden, gate = mixer.in_proj(x).chunk(2, dim=-1)
+        parts = (mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.A_log, mixer.D)
+        scans.append(scan_arguments(hidden, gate, *parts, mixer.reverse, num_frames))
+    found = selective_scan_both(*scans)
+    if found is None:
+        found = tuple(
+            selective_scan(**each, reverse=reverse)[0] for each, reverse in zip(scans, (False, True), strict=True)
+        )
+    return ahead.out_proj(found[0].transpose(1, 2)) + back.out_proj(found[1].transpose(1, 2))  # type: ignore[no-any-return]
 
 
 class InnBiMamba(nn.Module):
@@ -234,18 +275,18 @@ class InnBiMamba(nn.Module):
         super().__init__()
         inner = expand * dim
         rank = math.ceil(dim / 16)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.in_proj = Linear(dim, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, conv_kernel, groups=inner)
-        self.x_proj = nn.Linear(inner, rank + 2 * state_dim, bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.x_proj = Linear(inner, rank + 2 * state_dim, bias=False)
+        self.dt_proj = Linear(rank, inner)
         self.A_log = nn.Parameter(initial_a_log(inner, state_dim))
         self.D = nn.Parameter(torch.ones(inner))
         self.conv1d_b = nn.Conv1d(inner, inner, conv_kernel, groups=inner)
-        self.x_proj_b = nn.Linear(inner, rank + 2 * state_dim, bias=False)
-        self.dt_proj_b = nn.Linear(rank, inner)
+        self.x_proj_b = Linear(inner, rank + 2 * state_dim, bias=False)
+        self.dt_proj_b = Linear(rank, inner)
         self.A_b_log = nn.Parameter(initial_a_log(inner, state_dim))
         self.D_b = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
 
     @torch.no_grad()
     def reset_scan_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -312,13 +353,13 @@ class Mamba2(nn.Module):
             raise ValueError(f"inner width {inner} is not a multiple of head_dim {head_dim}")
         self.inner, self.state_dim, self.num_heads = inner, state_dim, inner // head_dim
         mixed = inner + 2 * state_dim
-        self.in_proj = nn.Linear(dim, inner + mixed + self.num_heads, bias=False)
+        self.in_proj = Linear(dim, inner + mixed + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(mixed, mixed, conv_kernel, groups=mixed)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.ones(self.num_heads))
         self.norm = GatedRMSNorm(inner)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
         self.reset_scan_parameters()
 
     @torch.no_grad()
@@ -401,16 +442,17 @@ class MambaLayer(nn.Module):
         self.add_module(self.norm_name, nn.LayerNorm(dim))
         self.has_ffn = ffn_dim > 0
         if self.has_ffn:
-            self.fc1 = nn.Linear(dim, ffn_dim)
-            self.fc2 = nn.Linear(ffn_dim, dim)
+            self.fc1 = Linear(dim, ffn_dim)
+            self.fc2 = Linear(ffn_dim, dim)
             self.final_layer_norm = nn.LayerNorm(dim)
 
     def mix(self, x: Tensor, frames: Tensor | None) -> Tensor:
         """The mixer's output, (B, T, D): both directions summed where there are two."""
         if self.layer_type == "inn_bi_mamba":
             return self.bimamba(x, frames)  # type: ignore[no-any-return]
-        y = self.mamba(x, frames)
-        return y + self.mamba_rev(x, frames) if self.layer_type == "ext_bi_mamba" else y  # type: ignore[no-any-return]
+        if self.layer_type == "ext_bi_mamba":
+            return mix_both(self.mamba, self.mamba_rev, x, frames)
+        return self.mamba(x, frames)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, num_frames: Tensor | None, padded_frames: Tensor | None) -> Tensor:
         """Encode.

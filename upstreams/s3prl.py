@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,21 @@ class S3PRLEncoder(Upstream):
 
     def _layers(self, wav: Tensor) -> Tensor:
         """(L, T, D) of one waveform (S,)."""
+        return self.layers([wav])[:, 0]
+
+    def layers(self, wavs: Sequence[Tensor]) -> Tensor:
+        """What the expert gives for some waveforms (S,) together, (L, B, T, D): frames of padding included, and heard."""
         parameter = next(self.parameters(), None)
         with torch.no_grad():
-            layers = self.expert([wav if parameter is None else wav.to(parameter.device)])["hidden_states"]
+            given = [wav if parameter is None else wav.to(parameter.device) for wav in wavs]
+            layers = self.expert(given)["hidden_states"]
         layers = list(layers) if isinstance(layers, (list, tuple)) else [layers]
         shapes = {tuple(layer.shape) for layer in layers}
         if len(shapes) != 1:
             raise RequestError(
                 f"{self.name}: its layers differ in shape ({sorted(shapes)}). Fix: probe them one at a time."
             )
-        return torch.stack([layer[0] for layer in layers])
+        return torch.stack(layers)
 
     def _measure_window(self) -> int:
         """The shortest input that gives a frame, as far as the counts near a second say."""

@@ -10,11 +10,18 @@ inputs) and what only reads it (the sum over n) are computed for the whole chunk
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from superb_probe.upstreams.base import frame_mask
+from superb_probe.upstreams.cpu_kernels import COMPILERS
+
+BACKENDS = ("auto", "plain", "cpu", "cuda", "mamba_ssm")
 
 # Elements of (frames, B, N, E) worked on at once on a CPU without gradients: 2 MiB in fp32, about a core's share of the cache.
 _CPU_BLOCK_ELEMENTS = 2**19
@@ -57,7 +64,8 @@ def selective_scan(
         num_frames: (B,) valid frames of each row. Frames at or past it give zero and leave the state alone.
         initial_state: (B, E, N) state before the first frame scanned; zeros by default.
         chunk_frames: frames the plain back end works on at once. It bounds memory; the result is the same.
-        backend: "plain" (this file: any device, gradients), "cuda" (`scan_cuda.py`: forward on a GPU), or "auto": the faster.
+        backend: "plain" (this file: any device, gradients), "cuda" (`scan_cuda.py`), "cpu" (`scan_cpu.py`: compiled C++, gradients),
+            "mamba_ssm" (that package's kernel, without this function's own arguments), or "auto": the fastest of the first three.
 
     Returns:
         y (B, E, T) in the dtype of u, and the last state (B, E, N).
@@ -73,23 +81,10 @@ def selective_scan(
     recorded = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
     )
-    if _on_gpu(backend, u, A, B, recorded):
-        from superb_probe.upstreams.scan_cuda import selective_scan_cuda
-
-        return selective_scan_cuda(
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            z,
-            delta_bias,
-            delta_softplus,
-            reverse=reverse,
-            num_frames=num_frames,
-            initial_state=initial_state,
-        )
+    chosen = choose_backend(backend, u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if chosen != "plain":
+        inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return _other_scan(chosen)(*inputs, reverse=reverse, num_frames=num_frames, initial_state=initial_state)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = u.new_zeros(u.shape[0], u.shape[1], B.shape[1])
@@ -124,25 +119,93 @@ def selective_scan(
     return torch.cat(outputs[::-1] if reverse else outputs, dim=1).transpose(1, 2), state.transpose(1, 2)
 
 
-def _on_gpu(backend: str, u: Tensor, a: Tensor, b: Tensor, recorded: bool) -> bool:
-    """Whether the GPU's kernel runs this scan.
+def choose_backend(backend: str, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, *others: Tensor | None) -> str:
+    """The back end that runs a scan: "plain", "cpu", "cuda" or "mamba_ssm".
+
+    Args:
+        backend: what was asked for; "auto" is the fastest that can.
+        u: (B, E, T).
+        delta: (B, E, T).
+        a: (E, N) or (E, 1).
+        b: (B, N, T).
+        others: the other tensors.
 
     Raises:
         ValueError: for a back end that is unknown, or cannot run it.
     """
-    if backend not in ("auto", "plain", "cuda"):
-        raise ValueError(f"unknown back end {backend!r}: auto, plain or cuda")
-    if backend == "plain" or not u.is_cuda and backend == "auto":
-        return False
-    from superb_probe.upstreams.scan_cuda import supports
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown back end {backend!r}: one of {', '.join(BACKENDS)}")
+    if backend in ("plain", "mamba_ssm"):
+        return backend
+    if backend == "cuda" or backend == "auto" and u.is_cuda:
+        from superb_probe.upstreams.scan_cuda import supports
 
-    possible = not recorded and supports(u, b, a)
-    if backend == "cuda" and not possible:
+        if supports(u, b, a):
+            return "cuda"
+        if backend == "cuda":
+            raise ValueError(
+                "the cuda back end runs on a GPU, in float32, bfloat16 or float16, with at most 64 states of their own decays; "
+                f"u is {u.dtype} on {u.device}, N is {b.shape[1]}"
+            )
+        return "plain"
+    from superb_probe.upstreams import scan_cpu
+
+    if scan_cpu.supports(u, delta, a, b, *others):
+        return "cpu"
+    if backend == "cpu":
         raise ValueError(
-            "the cuda back end runs on a GPU, without gradients, in float32, bfloat16 or float16, with at most 64 states "
-            f"of their own decays; u is {u.dtype} on {u.device}, N is {b.shape[1]}, gradients {'asked' if recorded else 'not asked'}"
+            "the cpu back end runs on a CPU, in float32, bfloat16 or float16, on at least one frame, and is compiled by a C++ "
+            f"compiler ({', '.join(COMPILERS)} or $CXX); u is {u.dtype} on {u.device}, of shape {tuple(u.shape)}"
         )
-    return possible
+    return "plain"
+
+
+def _other_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend == "cpu":
+        from superb_probe.upstreams.scan_cpu import selective_scan_cpu
+
+        return selective_scan_cpu
+    if backend == "cuda":
+        from superb_probe.upstreams.scan_cuda import selective_scan_cuda
+
+        return selective_scan_cuda
+    return _scan_of_mamba_ssm
+
+
+def _scan_of_mamba_ssm(
+    *inputs: Tensor | bool | None, reverse: bool, num_frames: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """mamba_ssm's own kernel on what it can do.
+
+    Raises:
+        ValueError: if it is asked for more, or is not installed.
+    """
+    if reverse or num_frames is not None or initial_state is not None:
+        raise ValueError(
+            "the mamba_ssm back end knows no reverse, num_frames or initial_state: leave them, or take another"
+        )
+    scan = mamba_ssm_scan()
+    if scan is None:
+        raise ValueError(
+            "the mamba_ssm back end wants mamba_ssm, which cannot be imported: `superb-probe doctor` says why"
+        )
+    y, last = scan(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs), return_last_state=True)
+    return y, last
+
+
+@functools.cache
+def mamba_ssm_scan() -> Callable[..., Any] | None:
+    """mamba_ssm's `selective_scan_fn`, or None where it cannot be imported (it asks transformers for names that 5 has not)."""
+    try:
+        from transformers import generation
+
+        for name in ("GreedySearchDecoderOnlyOutput", "SampleDecoderOnlyOutput", "TextStreamer"):
+            if not hasattr(generation, name):
+                setattr(generation, name, object)
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except (ImportError, OSError, RuntimeError):  # OSError: built for another torch
+        return None
+    return selective_scan_fn  # type: ignore[no-any-return]
 
 
 def _frames_first(x: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:

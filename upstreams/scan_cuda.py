@@ -1,4 +1,4 @@
-"""The selective scan on an NVIDIA GPU: forward only, one launch, or three when time is split to fill the chip.
+"""The selective scan on an NVIDIA GPU, forward and backward: one launch, or three when time is split to fill the chip.
 
 Kernels in `scan_forward.cu`. What bounds it: one exponential a channel, state and frame, on units that do 16 a clock and processor;
 everything else is arranged to stay under that. Few rows leave processors idle, so time is then cut in chunks: every chunk's last
@@ -8,20 +8,26 @@ state from zero, a pass that carries states from chunk to chunk, and the chunks 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from superb_probe.upstreams.cuda_kernels import KINDS, can_run, launch
+from superb_probe.upstreams.cuda_kernels import KINDS, can_run, in_pairs, launch, processor_count, shared_limit_bytes
 
 SOURCE = "scan_forward.cu"
+GRADIENT_SOURCE = "scan_backward.cu"
 MAX_STATES = 64
-TILE_FRAMES = 16
-THREADS = 128
+NAMES = ("U", "DELTA", "B", "C", "Z")
+LANE_STATES = 12  # states of all its channels that a lane holds, where a group of eight lanes is enough
+RESIDENT = 5  # blocks of a processor: so all of batch 16 runs at once
 MIN_CHUNK_FRAMES = 470
-FEW_WARPS = 300  # below it, scanning pieces of time twice over is faster than leaving processors idle
-FULL_WARPS = 4600
+# Times over that a processor could hold its blocks: from here on scanning pieces of time twice is faster than idling.
+WORTH_SPLITTING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +38,66 @@ class Split:
         channels: of a lane.
         group: lanes that share a channel's states.
         chunks: pieces of time.
-        polynomial: of a lane's states, how many take their exponential on the multiply-add units.
+        polynomial: of a lane's channels x states, how many take their exponential on the multiply-add units.
+        threads: of a block.
+        resident: blocks of a processor that the registers must have room for.
+        tile: frames between two barriers, a multiple of the group.
+        unroll: of the loop over a tile.
     """
 
     channels: int
     group: int
     chunks: int
     polynomial: int = 0
+    threads: int = 128
+    resident: int = 1
+    tile: int = 8
+    unroll: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class GradientLayout:
+    """How the backward pass is laid over the chip.
+
+    Attributes:
+        channels: of a lane.
+        threads: of a block.
+        resident: blocks of a processor that the registers must have room for.
+        chunk_frames: frames between the states that the forward pass keeps.
+    """
+
+    channels: int
+    threads: int
+    resident: int
+    chunk_frames: int
+
+    @property
+    def block_channels(self) -> int:
+        """Channels of a block: four lanes share them."""
+        return self.threads // 4 * self.channels
+
+    def shared_bytes(self, states: int) -> int:
+        """Memory that a block shares: tiles of B and C, sums of its warps, states within a chunk, A."""
+        own = -(-states // 4)
+        tiles = 2 * self.chunk_frames * 4 * own
+        sums = 2 * (self.threads // 32) * 2 * 4 * 4 * own
+        return 4 * (tiles + sums + (self.chunk_frames // 4 + 1) * own * self.channels * self.threads)
+
+
+def choose_gradient_layout(states: int, pairs: bool, limit_bytes: int) -> GradientLayout:
+    """The layout of a backward pass.
+
+    Args:
+        states: N.
+        pairs: whether two neighbouring channels can be read at once.
+        limit_bytes: of memory that a block can share.
+    """
+    channels = 2 if pairs and states <= 32 else 1
+    for chunk_frames in (32, 16, 8):
+        layout = GradientLayout(channels, 128, 3, chunk_frames)
+        if layout.shared_bytes(states) <= limit_bytes:
+            break
+    return layout
 
 
 class _Arguments(ctypes.Structure):
@@ -46,13 +105,23 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("u", "delta", "b", "c", "z", "a", "d", "bias")),
-        *((name, ctypes.c_void_p) for name in ("num_frames", "initial", "y", "last", "steps")),
+        *((name, ctypes.c_void_p) for name in ("num_frames", "initial", "y", "last", "steps", "kept")),
+        *((f"{name}_batch", ctypes.c_longlong) for name in ("u", "delta", "b", "c", "z")),
+        *((name, ctypes.c_int) for name in ("frames", "chunk_frames", "chunks")),
+    ]
+
+
+class _GradientArguments(ctypes.Structure):
+    """The backward kernel's struct of the same fields."""
+
+    _fields_ = [
         *(
-            (f"{name}_{axis}", ctypes.c_longlong)
-            for name in ("u", "delta", "b", "c", "z")
-            for axis in ("batch", "frame")
+            (name, ctypes.c_void_p)
+            for name in ("u", "delta", "b", "c", "z", "dy", "a", "d", "bias", "num_frames", "kept")
         ),
-        *((name, ctypes.c_int) for name in ("width", "frames", "chunk_frames", "chunks")),
+        *((name, ctypes.c_void_p) for name in ("dlast", "du", "da", "dinitial", "dd", "dbias", "dbc")),
+        *((f"{name}_batch", ctypes.c_longlong) for name in ("u", "delta", "b", "c", "z", "dy")),
+        ("frames", ctypes.c_int),
     ]
 
 
@@ -61,7 +130,7 @@ def supports(u: Tensor, b: Tensor, a: Tensor) -> bool:
     return can_run(u.device, u.dtype) and b.shape[1] <= MAX_STATES and a.shape[1] == b.shape[1] and u.shape[2] > 0
 
 
-def choose_split(batch: int, width: int, frames: int, states: int, pairs: bool, narrow: bool) -> Split:
+def choose_split(batch: int, width: int, frames: int, states: int, pairs: bool, processors: int) -> Split:
     """The layout for a shape, as measured on an H100 with bf16.
 
     Args:
@@ -70,16 +139,15 @@ def choose_split(batch: int, width: int, frames: int, states: int, pairs: bool, 
         frames: T.
         states: N.
         pairs: whether two neighbouring channels can be read at once.
-        narrow: whether values are of 16 bits, for which the polynomial is exact enough to be worth its share.
+        processors: of the GPU.
     """
     channels = 2 if pairs else 1
-    group = max(channels, -(-states // 24))
-    group = 1 << (group - 1).bit_length()
-    warps = batch * width * group // (32 * channels)
-    chunks = 1
-    if warps < FEW_WARPS:
-        chunks = max(1, min(frames // MIN_CHUNK_FRAMES, -(-FULL_WARPS // max(1, warps))))
-    return Split(channels, group, chunks, -(-states // group) // 6 if narrow and pairs else 0)
+    group = min(8, 1 << (-(-states * channels // LANE_STATES) - 1).bit_length())
+    split = Split(channels, group, 1, resident=RESIDENT if channels * -(-states // group) <= LANE_STATES else 2)
+    blocks = batch * -(-width // (split.threads // group * channels))
+    places = processors * split.resident
+    chunks = min(places // blocks, frames // MIN_CHUNK_FRAMES) if places // blocks >= WORTH_SPLITTING else 1
+    return dataclasses.replace(split, chunks=max(1, chunks))
 
 
 def selective_scan_cuda(
@@ -97,82 +165,301 @@ def selective_scan_cuda(
     num_frames: Tensor | None = None,
     initial_state: Tensor | None = None,
     split: Split | None = None,
+    layout: GradientLayout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` without gradients, on a GPU; shapes as there, all inputs in one dtype, the state in fp32."""
-    batch, width, frames = u.shape
-    states = b.shape[1]
-    dtype = u.dtype
-    u, delta, b, c = (_channels_last(x, dtype) for x in (u, delta, b, c))
-    z = None if z is None else _channels_last(z, u.dtype)
-    if split is None:
-        pairs = all(x is None or _in_pairs(x) for x in (u, delta, z)) and width % 2 == 0
-        split = choose_split(batch, width, frames, states, pairs, u.dtype != torch.float32)
-    a = a.float().contiguous()
-    d, bias, initial = (None if x is None else x.float().contiguous() for x in (d, delta_bias, initial_state))
-    lengths = None if num_frames is None else num_frames.to(device=u.device, dtype=torch.int64).contiguous()
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    last = torch.empty(batch, width, states, dtype=torch.float32, device=u.device)
-    chunk_frames = -(-frames // split.chunks)
-    macros = {
-        "NSTATE": states,
-        "STATES": -(-states // split.group),
-        "GROUP": split.group,
-        "CHANNELS": split.channels,
-        "THREADS": THREADS,
-        "TILE": TILE_FRAMES,
-        "KIND": KINDS[u.dtype],
-        "HAS_Z": int(z is not None),
-        "HAS_D": int(d is not None),
-        "HAS_BIAS": int(bias is not None),
-        "SOFTPLUS": int(delta_softplus),
-        "REVERSE": int(reverse),
-        "POLYNOMIAL": split.polynomial,
-    }
-    blocks = -(-width // (THREADS // split.group * split.channels))
-    arguments = _Arguments(
-        *(_pointer(x) for x in (u, delta, b, c, z, a, d, bias, lengths, initial, y, last, None)),
-        *(stride for x in (u, delta, b, c, z) for stride in ((0, 0) if x is None else x.stride()[:2])),
-        width,
-        frames,
-        chunk_frames,
-        split.chunks,
-    )
-    if split.chunks > 1:
-        before = _carry(arguments, macros, blocks, a, initial, (batch, split.chunks, width, states))
-        arguments.initial, arguments.last = before.data_ptr(), last.data_ptr()
-    launch(
-        SOURCE,
-        "selective_scan_forward",
-        {**macros, "OUTPUT": 1},
-        u.device,
-        (blocks, batch, split.chunks),
-        THREADS,
-        [arguments],
-    )
+    """`selective_scan` on a GPU; shapes as there, all values worked on in the dtype of u, the state in fp32.
+
+    Args:
+        u: (B, E, T), and so on as in `selective_scan`.
+        delta: (B, E, T).
+        a: (E, N).
+        b: (B, N, T).
+        c: (B, N, T).
+        d: (E,).
+        z: (B, E, T).
+        delta_bias: (E,).
+        delta_softplus: whether softplus is applied to delta.
+        reverse: run backwards in time.
+        num_frames: (B,).
+        initial_state: (B, E, N).
+        split: how the forward pass is laid out; by default what was fast for the shape.
+        layout: how the backward pass is.
+    """
+    inputs = _Inputs.of(u, delta, a, b, c, d, z, delta_bias, delta_softplus, reverse, num_frames, initial_state)
+    split = inputs.split() if split is None else split
+    if inputs.recorded():
+        if layout is None:
+            layout = choose_gradient_layout(b.shape[1], inputs.pairs(), shared_limit_bytes(u.device))
+        y, last = _Scan.apply(*inputs, split, layout)  # type: ignore[no-untyped-call]
+    else:
+        y, last, _ = _forward([inputs], split, 0)[0]
     return y.transpose(1, 2), last
 
 
+def selective_scan_both(ahead: Mapping[str, Any], back: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Two scans without gradients in one launch: the outputs (B, E, T), or None where they cannot share one.
+
+    Args:
+        ahead: arguments of `selective_scan`, without `reverse`.
+        back: arguments of another one, which runs backwards in time.
+    """
+    if not all(supports(each["u"], each["B"], each["A"]) for each in (ahead, back)):
+        return None
+    order = (
+        "u",
+        "delta",
+        "A",
+        "B",
+        "C",
+        "D",
+        "z",
+        "delta_bias",
+        "delta_softplus",
+        "reverse",
+        "num_frames",
+        "initial_state",
+    )
+    scans = [
+        _Inputs.of(*({**each, "reverse": bool(place)}.get(name) for name in order))
+        for place, each in enumerate((ahead, back))
+    ]
+    split = scans[0].split(2)
+    same = all(a is not None and a.shape == b.shape for a, b in zip(scans[0][:5], scans[1][:5], strict=True))
+    macros = [{**each.forward_macros(split), "REVERSE": 0, "PAIRS": int(each.pairs())} for each in scans]
+    if not same or macros[0] != macros[1] or any(each.recorded() for each in scans):
+        return None
+    first, second = _forward(scans, split, 0)
+    return first[0].transpose(1, 2), second[0].transpose(1, 2)
+
+
+class _Inputs(NamedTuple):
+    """What the kernels read: (B, T, E), (E, N) and (B, T, N) with the last axis innermost; a, d, bias and initial in fp32."""
+
+    u: Tensor
+    delta: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor | None
+    z: Tensor | None
+    bias: Tensor | None
+    initial: Tensor | None
+    lengths: Tensor | None
+    softplus: bool
+    reverse: bool
+
+    @classmethod
+    def of(
+        cls,
+        u: Tensor,
+        delta: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        z: Tensor | None,
+        bias: Tensor | None,
+        softplus: bool,
+        reverse: bool,
+        num_frames: Tensor | None,
+        initial: Tensor | None,
+    ) -> _Inputs:
+        """From the arguments of `selective_scan`, by operations that gradients go through."""
+        u, delta, b, c = (_channels_last(x, u.dtype) for x in (u, delta, b, c))
+        z = None if z is None else _channels_last(z, u.dtype)
+        d, bias, initial = (None if x is None else x.float().contiguous() for x in (d, bias, initial))
+        lengths = None if num_frames is None else num_frames.to(device=u.device, dtype=torch.int64).contiguous()
+        return cls(u, delta, a.float().contiguous(), b, c, d, z, bias, initial, lengths, bool(softplus), reverse)
+
+    def recorded(self) -> bool:
+        """Whether gradients are wanted."""
+        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in self)
+
+    def pairs(self) -> bool:
+        """Whether two neighbouring channels can be read at once."""
+        return self.u.shape[2] % 2 == 0 and all(x is None or in_pairs(x) for x in (self.u, self.delta, self.z))
+
+    def split(self, scans: int = 1) -> Split:
+        """The layout of so many scans like this one."""
+        batch, frames, width = self.u.shape
+        processors = processor_count(self.u.device)
+        return choose_split(scans * batch, width, frames, self.b.shape[2], self.pairs(), processors)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """What a source must know of them."""
+        return {
+            "NSTATE": self.b.shape[2],
+            "WIDTH": self.u.shape[2],
+            "KIND": KINDS[self.u.dtype],
+            "HAS_Z": int(self.z is not None),
+            "HAS_D": int(self.d is not None),
+            "HAS_BIAS": int(self.bias is not None),
+            "SOFTPLUS": int(self.softplus),
+            "REVERSE": int(self.reverse),
+        }
+
+    @property
+    def strided(self) -> tuple[Tensor | None, ...]:
+        """Those of `NAMES`."""
+        return self.u, self.delta, self.b, self.c, self.z
+
+    def forward_macros(self, split: Split) -> dict[str, int]:
+        """What the forward source must know of them and of the layout."""
+        states = self.b.shape[2]
+        lane_states = -(-states // split.group)
+        paired = states % 2 == 0 and lane_states % 2 == 0 and in_pairs(self.b) and in_pairs(self.c)
+        return {
+            **self.macros,
+            **_frame_strides(NAMES, self.strided),
+            "STATES": lane_states,
+            "GROUP": split.group,
+            "CHANNELS": split.channels,
+            "THREADS": split.threads,
+            "RESIDENT": split.resident,
+            "TILE": split.tile,
+            "UNROLL": split.unroll,
+            "POLYNOMIAL": split.polynomial,
+            "WEIGHTS": 2 if paired else 1,
+        }
+
+
+def _forward(scans: Sequence[_Inputs], split: Split, kept_every: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Run one scan, or two of one shape in one launch: the first forwards in time, the second backwards.
+
+    Returns:
+        Of each scan (B, T, E), the last state (B, E, N) and, for a backward pass, the state before every `kept_every` frames.
+    """
+    first = scans[0]
+    batch, frames, width = first.u.shape
+    states = first.b.shape[2]
+    blocks = -(-width // (split.threads // split.group * split.channels))
+    chunk_frames = -(-frames // split.chunks)
+    if kept_every:
+        if kept_every % split.tile:
+            raise ValueError(
+                f"states are kept at the ends of tiles: {kept_every} frames are not whole tiles of {split.tile}"
+            )
+        chunk_frames = -(-chunk_frames // kept_every) * kept_every
+    macros = {**first.forward_macros(split), "KEPT": kept_every, "BOTH": len(scans) - 1}
+    grid = (blocks, batch, split.chunks * len(scans))
+    results, arguments = [], (_Arguments * len(scans))()
+    for place, inputs in enumerate(scans):
+        y = torch.empty(batch, frames, width, dtype=first.u.dtype, device=first.u.device)
+        last = torch.empty(batch, width, states, dtype=torch.float32, device=y.device)
+        kept = last.new_empty(batch, -(-frames // kept_every), states, width) if kept_every else None
+        results.append((y, last, kept))
+        constants = (inputs.a, inputs.d, inputs.bias, inputs.lengths, inputs.initial, y, last, None, kept)
+        pointers = map(_pointer, (*inputs.strided, *constants))
+        arguments[place] = _Arguments(*pointers, *_batch_strides(inputs.strided), frames, chunk_frames, split.chunks)
+    if split.chunks > 1:
+        carried = _carry(scans, arguments, {**macros, "OUTPUT": 0}, grid, split)
+        for each, before, (_, last, _) in zip(arguments, carried, results, strict=True):
+            each.initial, each.last = before.data_ptr(), last.data_ptr()
+    launch(SOURCE, "selective_scan_forward", {**macros, "OUTPUT": 1}, first.u.device, grid, split.threads, [arguments])
+    return results
+
+
 def _carry(
-    arguments: _Arguments,
+    scans: Sequence[_Inputs],
+    arguments: ctypes.Array[_Arguments],
     macros: dict[str, int],
-    blocks: int,
-    a: Tensor,
-    initial: Tensor | None,
-    shape: tuple[int, int, int, int],
-) -> Tensor:
-    """The state before every chunk, (B, chunks, E, N)."""
-    batch, chunks, width, states = shape
-    ends = torch.empty(shape, dtype=torch.float32, device=a.device)
-    steps = torch.empty(shape[:3], dtype=torch.float32, device=a.device)
-    before = torch.empty_like(ends)
-    arguments.initial, arguments.last, arguments.steps = None, ends.data_ptr(), steps.data_ptr()
-    macros = {**macros, "OUTPUT": 0}
-    launch(SOURCE, "selective_scan_forward", macros, a.device, (blocks, batch, chunks), THREADS, [arguments])
-    values = [ctypes.c_void_p(_pointer(x)) for x in (a, initial, ends, steps, before)]
-    sizes = [ctypes.c_int(value) for value in (batch, width, chunks)]
-    grid = (-(-batch * width * states // 256), 1, 1)
-    launch(SOURCE, "carry_states", macros, a.device, grid, 256, [*values, *sizes])
-    return before
+    grid: tuple[int, int, int],
+    split: Split,
+) -> list[Tensor]:
+    """The state before every chunk of each scan, (B, chunks, E, N)."""
+    device = scans[0].u.device
+    batch, _, width = scans[0].u.shape
+    shape = (batch, split.chunks, width, scans[0].b.shape[2])
+    ends = [torch.empty(shape, dtype=torch.float32, device=device) for _ in scans]
+    steps = [torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in scans]
+    for place, each in enumerate(arguments):
+        each.initial, each.last, each.steps = None, ends[place].data_ptr(), steps[place].data_ptr()
+    launch(SOURCE, "selective_scan_forward", macros, device, grid, split.threads, [arguments])
+    befores = []
+    for inputs, end, step in zip(scans, ends, steps, strict=True):
+        before = torch.empty_like(end)
+        values = [ctypes.c_void_p(_pointer(x)) for x in (inputs.a, inputs.initial, end, step, before)]
+        sizes = [ctypes.c_int(value) for value in (batch, width, split.chunks)]
+        blocks = -(-batch * width * shape[3] // 256)
+        launch(SOURCE, "carry_states", macros, device, (blocks, 1, 1), 256, [*values, *sizes])
+        befores.append(before)
+    return befores
+
+
+class _Scan(torch.autograd.Function):
+    """The scan of `_Inputs` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *fields, split, layout = arguments
+        inputs = _Inputs(*fields)
+        y, last, kept = _forward([inputs], split, layout.chunk_frames)[0]
+        ctx.save_for_backward(*inputs[:10], kept)
+        ctx.rest, ctx.layout = inputs[10:], layout
+        ctx.set_materialize_grads(False)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+        *fields, kept = ctx.saved_tensors
+        inputs = _Inputs(*fields, *ctx.rest)
+        found = _backward(inputs, kept, ctx.layout, dy, dlast)
+        asked = zip(found, ctx.needs_input_grad, strict=False)
+        return (*(gradient if needed else None for gradient, needed in asked), *[None] * 5)
+
+
+def _backward(
+    inputs: _Inputs, kept: Tensor, layout: GradientLayout, dy: Tensor | None, dlast: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of the first nine of `inputs`."""
+    u, z = inputs.u, inputs.z
+    batch, frames, width = u.shape
+    states = inputs.b.shape[2]
+    dy = torch.zeros_like(u) if dy is None else dy.to(u.dtype)
+    if dy.stride(2) != 1 or layout.channels == 2 and not in_pairs(dy):
+        dy = dy.contiguous()
+    dlast = None if dlast is None else dlast.contiguous()
+    blocks = -(-width // layout.block_channels)
+    by_frame = torch.empty(batch, frames, 3, width, dtype=u.dtype, device=u.device)
+    by_state = [kept.new_empty(batch, width, states) for _ in range(2)]
+    by_channel = [kept.new_empty(batch, width) for _ in range(2)]
+    dbc = kept.new_empty(blocks, batch, frames, 2, states)
+    strided = (*inputs.strided, dy)
+    constants = (inputs.a, inputs.d, inputs.bias, inputs.lengths, kept, dlast)
+    pointers = (*strided, *constants, by_frame, *by_state, *by_channel, dbc)
+    arguments = _GradientArguments(*map(_pointer, pointers), *_batch_strides(strided), frames)
+    macros = {
+        **inputs.macros,
+        "CHANNELS": layout.channels,
+        "THREADS": layout.threads,
+        "RESIDENT": layout.resident,
+        "CHUNK": layout.chunk_frames,
+        **_frame_strides((*NAMES, "DY"), strided),
+    }
+    launch(
+        GRADIENT_SOURCE,
+        "selective_scan_backward",
+        macros,
+        u.device,
+        (blocks, batch, 1),
+        layout.threads,
+        [arguments],
+        layout.shared_bytes(states),
+    )
+    db, dc = dbc.sum(0).to(u.dtype).unbind(2)
+    return [
+        by_frame[:, :, 0],
+        by_frame[:, :, 1],
+        by_state[0].sum(0),
+        db,
+        dc,
+        None if inputs.d is None else by_channel[0].sum(0),
+        None if z is None else by_frame[:, :, 2],
+        None if inputs.bias is None else by_channel[1].sum(0),
+        by_state[1],
+    ]
 
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,9 +468,14 @@ def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _in_pairs(x: Tensor) -> bool:
-    """Whether two neighbouring channels of (B, T, E) can be read at once, everywhere."""
-    return x.data_ptr() % (2 * x.element_size()) == 0 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0
+def _batch_strides(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """Of each tensor's first axis, in values."""
+    return [0 if x is None else x.stride(0) for x in tensors]
+
+
+def _frame_strides(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> dict[str, int]:
+    """Of each tensor's second axis, as macros: what is known when a source is compiled costs no arithmetic."""
+    return {f"{name}_FRAME": 0 if x is None else x.stride(1) for name, x in zip(names, tensors, strict=True)}
 
 
 def _pointer(x: Tensor | None) -> int | None:

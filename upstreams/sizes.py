@@ -1,8 +1,9 @@
 """The sizes of the HuBERT encoders: which `HubertConfig` a registered name has at each size.
 
 "small" and "base" are the released configurations of arXiv 2506.12606 (their parameter counts are tested); what those do not say
-is marked below. "tiny" is the size of the weights that ship, at most 2 M parameters, six layers in each family; "test" is for unit
-tests, under 0.5 M.
+is marked below. "tiny" has at most 2 M parameters, six layers and width 160 in each family; "matched" is wider where that gives a
+family fewer parameters than the Transformers have, so that all are within 5 %: the size that is pre-trained and compared. "test" is
+for unit tests, under 0.5 M.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 from superb_probe.errors import RequestError, unknown_name
 from superb_probe.upstreams.config import HubertConfig
 
-SIZES = ("test", "tiny", "small", "base")
+SIZES = ("test", "tiny", "matched", "small", "base")
+DEFAULT_SIZE = "tiny"  # what a name is without a size or a checkpoint; shipped weights are of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +81,38 @@ _TINY_FRONT = {
 _FRONTS: dict[str, dict[str, Any]] = {
     "test": {**_TEST_FRONT, "dim": 48, "num_layers": 2},
     "tiny": {**_TINY_FRONT, "dim": 160, "num_layers": 6},
+    "matched": {**_TINY_FRONT, "dim": 160, "num_layers": 6},
     "small": {"dim": 384, "num_layers": 12, "num_heads": 12},
     "base": {"dim": 768, "num_layers": 12, "num_heads": 12},
 }
 _TEST_SCAN = {"state_dim": 8, "expand": 2}
 _PAPER_SCAN = {"state_dim": 24, "expand": 3}
-# Per name: test, tiny, small, base. ExtBiMamba's two mixers of expand 1 cost at tiny what the causal one costs with expand 2.
+# Per name: test, tiny, matched, small, base. ExtBiMamba's two mixers of expand 1 cost at tiny what the causal one costs with expand 2.
 _LAYERS: dict[str, tuple[dict[str, Any], ...]] = {
-    "transformer_hubert": ({"ffn_dim": 96}, {"ffn_dim": 480}, {"ffn_dim": 1024}, {"ffn_dim": 3072}),
-    "mamba_hubert": (_TEST_SCAN, {"state_dim": 16, "expand": 1}, _PAPER_SCAN, _PAPER_SCAN),
-    "mamba_hubert_causal": (_TEST_SCAN, {"state_dim": 16, "expand": 2}, _PAPER_SCAN, _PAPER_SCAN),
+    "transformer_hubert": (
+        {"ffn_dim": 96},
+        {"ffn_dim": 480},
+        {"ffn_dim": 480},
+        {"ffn_dim": 1024},
+        {"ffn_dim": 3072},
+    ),
+    "mamba_hubert": (
+        _TEST_SCAN,
+        {"state_dim": 16, "expand": 1},
+        {"state_dim": 16, "expand": 1, "dim": 192},
+        _PAPER_SCAN,
+        _PAPER_SCAN,
+    ),
+    "mamba_hubert_causal": (
+        _TEST_SCAN,
+        {"state_dim": 16, "expand": 2},
+        {"state_dim": 16, "expand": 2, "dim": 192},
+        _PAPER_SCAN,
+        _PAPER_SCAN,
+    ),
     "mamba_mlp_hubert": (
         {**_TEST_SCAN, "ffn_dim": 96},
+        {"state_dim": 16, "expand": 1, "ffn_dim": 240},
         {"state_dim": 16, "expand": 1, "ffn_dim": 240},
         {**_PAPER_SCAN, "ffn_dim": 1024},
         {**_PAPER_SCAN, "ffn_dim": 3072},
@@ -98,11 +120,18 @@ _LAYERS: dict[str, tuple[dict[str, Any], ...]] = {
     "mamba_mlp_hubert_causal": (
         {**_TEST_SCAN, "ffn_dim": 96},
         {"state_dim": 16, "expand": 2, "ffn_dim": 240},
+        {"state_dim": 16, "expand": 2, "ffn_dim": 240},
         {**_PAPER_SCAN, "ffn_dim": 1024},
         {**_PAPER_SCAN, "ffn_dim": 896},
     ),
     # No configuration of InnBiMamba was released: the paper's other Mamba settings are used, and its counts are not reproduced.
-    "mamba_inner_hubert": (_TEST_SCAN, {"state_dim": 16, "expand": 2}, _PAPER_SCAN, _PAPER_SCAN),
+    "mamba_inner_hubert": (
+        _TEST_SCAN,
+        {"state_dim": 16, "expand": 2},
+        {"state_dim": 16, "expand": 2, "dim": 176},
+        _PAPER_SCAN,
+        _PAPER_SCAN,
+    ),
 }
 _LAYERS["transformer_hubert_causal"] = _LAYERS["transformer_hubert_causal_mask"] = _LAYERS["transformer_hubert"]
 
@@ -114,7 +143,7 @@ def size_config(name: str, size: str, causal_front_end: bool | None = None) -> H
         name: one of `FAMILIES`.
         size: one of `SIZES`.
         causal_front_end: a front end without the future (left-padded positional convolution, per-frame norm). None: yes for the
-            causal names at sizes test and tiny, no at small and base, which are as published, and for a mask put on afterwards.
+            causal names at sizes test, tiny and matched; no at small and base, which are as published, and for a mask put on later.
 
     Raises:
         RequestError: for an unknown name or size, or a causal front end under layers that see the future.
@@ -139,7 +168,7 @@ def size_config(name: str, size: str, causal_front_end: bool | None = None) -> H
         }
     )
     if causal_front_end is None:
-        causal_front_end = family.causal and not family.mask_at_probing and size in ("test", "tiny")
+        causal_front_end = family.causal and not family.mask_at_probing and size in ("test", "tiny", "matched")
     if causal_front_end:
         config = replace(config, extractor_mode="causal", causal_pos_conv=True, frame_multiple=1)
     return config

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from superb_probe.upstreams.base import frame_mask
+from superb_probe.upstreams.linear import Linear
 
 
 class SelfAttention(nn.Module):
@@ -18,12 +19,12 @@ class SelfAttention(nn.Module):
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.causal = causal
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, num_frames: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, num_frames: Tensor | None, attended: Tensor | None = None) -> Tensor:
         """Attend.
 
         Causal attention needs no mask for padding: it can only follow the valid frames, which then never see it. So no mask is ever
@@ -32,6 +33,7 @@ class SelfAttention(nn.Module):
         Args:
             x: (B, T, D).
             num_frames: (B,) valid frames of each row; None: all.
+            attended: (B, 1, T or 1, T) what each frame attends to, whatever `num_frames` and causality say.
 
         Returns:
             (B, T, D).
@@ -42,7 +44,10 @@ class SelfAttention(nn.Module):
             project(x).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         mask = None if self.causal or num_frames is None else frame_mask(num_frames, frames)[:, None, None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=self.causal)
+        if attended is not None:
+            mask = attended
+        causal = self.causal and attended is None
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, frames, dim))  # type: ignore[no-any-return]
 
 
@@ -55,25 +60,28 @@ class TransformerLayer(nn.Module):
         self.norm_first = norm_first
         self.self_attn = SelfAttention(dim, num_heads, causal)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.fc1 = Linear(dim, ffn_dim)
+        self.fc2 = Linear(ffn_dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, num_frames: Tensor | None, padded_frames: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_frames: Tensor | None, padded_frames: Tensor | None, attended: Tensor | None = None
+    ) -> Tensor:
         """Encode.
 
         Args:
             x: (B, T, D).
             num_frames: (B,) valid frames, the others are never attended to; None: all.
             padded_frames: not used: a frame that only fills up a row is masked here, as in fairseq.
+            attended: see `SelfAttention.forward`.
 
         Returns:
             (B, T, D).
         """
         if self.norm_first:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), num_frames)
+            x = x + self.self_attn(self.self_attn_layer_norm(x), num_frames, attended)
             return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x, num_frames))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, num_frames, attended))
         return self.final_layer_norm(x + self.feed_forward(x))  # type: ignore[no-any-return]
 
     def feed_forward(self, x: Tensor) -> Tensor:

@@ -164,15 +164,15 @@ def test_states_do_not_depend_on_the_batch(kind: str) -> None:
     assert batch_error(KINDS[kind]) < 1e-5
 
 
-first_conv = convolutions.normalized_waveform_conv
+fold_group_norm = convolutions.fold_group_norm
 
 
-def group_norm_over_padding(wavs: Tensor, conv: Any, norm: Any, num_frames: list[int]) -> Tensor:
-    return first_conv(wavs, conv, norm, [max(num_frames)] * len(num_frames))
+def group_norm_over_padding(wavs: Tensor, conv: Any, norm: Any, num_frames: list[int]) -> convolutions.FoldedNorm:
+    return fold_group_norm(wavs, conv, norm, [max(num_frames)] * len(num_frames))
 
 
 PADDING_MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
-    "group norm over padding": ("mamba", convolutions, "normalized_waveform_conv", group_norm_over_padding),
+    "group norm over padding": ("mamba", convolutions, "fold_group_norm", group_norm_over_padding),
     "padding not zeroed": ("mamba", hubert, "zero_padding", lambda x, n: x),
     "waveform norm over padding": (
         "transformer_prenorm", hubert, "normalize_waveforms", lambda w, n: F.layer_norm(w, w.shape[1:]),

@@ -154,10 +154,11 @@ def test_a_scan_that_ignores_lengths_is_caught(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(selective_scan(**given)[0][1, :, :33], y[1, :, :33], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["plain", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_state_is_fp32_whatever_the_inputs(dtype: torch.dtype) -> None:
+def test_the_state_is_fp32_whatever_the_inputs(dtype: torch.dtype, backend: str) -> None:
     given = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in arguments(OPTIONS[-1]).items()}
-    y, last = selective_scan(**given)
+    y, last = selective_scan(**given, backend=backend)
     exact, exact_last = plain_loop(**{k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()})
     assert y.dtype == dtype and last.dtype == torch.float32
     torch.testing.assert_close(

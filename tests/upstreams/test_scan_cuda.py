@@ -146,11 +146,13 @@ def test_a_strided_convolution_without_copies() -> None:
 def test_layouts_cover_all_states_and_frames() -> None:
     for batch, width, frames, states in ((1, 2304, 60000, 24), (16, 2304, 1500, 24), (1, 6, 1, 1), (4, 768, 90, 64)):
         for pairs in (False, True):
-            split = choose_split(batch, width, frames, states, pairs, narrow=True)
+            split = choose_split(batch, width, frames, states, pairs, 132)
             lane_states = -(-states // split.group)
             assert lane_states <= 24 and 32 % split.group == 0 and lane_states * split.group >= states
+            assert split.tile % split.group == 0
             assert 1 <= split.chunks <= max(1, frames // scan_cuda.MIN_CHUNK_FRAMES)
-    assert choose_split(1, 2304, 60000, 24, True, narrow=True).chunks > 16
+    assert choose_split(1, 2304, 60000, 24, True, 132).chunks > 16
+    assert choose_split(16, 2304, 1500, 24, True, 132).chunks == 1
 
 
 def test_back_ends_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +174,7 @@ def test_the_compilers_words_are_passed_on() -> None:
         cuda_kernels._compiler()
     except cuda_kernels.KernelError as error:
         pytest.skip(str(error))
-    macros = tuple(sorted({"KIND": 1, "KERNEL": 4, "REVERSE": 0, "HAS_TAIL": 0, "FRAMES": 32}.items()))
+    macros = tuple(sorted({"KIND": 1, "KERNEL": 10, "STRIDE": 5, "CHANNELS": 512}.items()))
     assert cuda_kernels.compile_source("front_end.cu", macros, "sm_90")
     with pytest.raises(cuda_kernels.KernelError, match="does not compile for sm_90"):
-        cuda_kernels.compile_source("front_end.cu", (("KERNEL", 4), ("FRAMES", 32)), "sm_90")
+        cuda_kernels.compile_source("front_end.cu", (("KERNEL", 10), ("STRIDE", 5)), "sm_90")
