@@ -53,6 +53,47 @@ def training_batches(
         yield from batches
 
 
+LONG_SAMPLES = 300_000  # s3prl halves a window of PR or SF whose first utterance is longer
+
+
+def s3prl_batches(
+    kind: str, num_samples: Sequence[int], label_lengths: Sequence[int], batch: int, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Training batches without end, composed as s3prl composes those of a task (s3prl 0.4.18).
+
+    Args:
+        kind: "label_windows" (PR, SF; downstream/ctc): a window of `batch` neighbours in the order of label length, the longest
+            first, begins at every utterance once an epoch, so that most are seen `batch` times; half of it where its first
+            utterance is longer than 300,000 samples. "length_buckets" (ASR; downstream/asr/dataset.py): twice `batch` neighbours in the
+            order of audio length, cut in two; what is left at the end stays whole, and a single utterance left over is not used.
+        num_samples: length of each utterance's audio.
+        label_lengths: length of each utterance's target; read for windows only.
+        batch: utterances in a batch.
+        generator: draws the order.
+
+    >>> batches = s3prl_batches("length_buckets", [5, 9, 7, 8, 6, 3, 4], [], 2, torch.Generator().manual_seed(0))
+    >>> sorted(next(batches) for _ in range(3))
+    [[1, 3], [2, 4], [0, 6, 5]]
+    """
+    lengths = label_lengths if kind == "label_windows" else num_samples
+    order = sorted(range(len(num_samples)), key=lambda row: -lengths[row])
+    made: list[list[int]] = []
+    if kind == "label_windows":
+        for first in range(len(order)):
+            start = max(0, min(len(order) - batch, first))
+            window = order[start : start + batch]
+            long = num_samples[window[0]] > LONG_SAMPLES and len(window) > 1
+            made.append(window[: len(window) // 2] if long else window)
+    elif kind == "length_buckets":
+        whole = len(order) // (2 * batch) * 2 * batch
+        made = [order[start : start + batch] for start in range(0, whole, batch)]
+        made += [order[whole:]] if len(order) - whole > 1 or not made else []
+    else:
+        raise ValueError(f"unknown batches {kind!r}")
+    while True:
+        yield from (made[place] for place in torch.randperm(len(made), generator=generator).tolist())
+
+
 def class_weights(classes: Sequence[int]) -> Tensor:
     """(U,) weights that draw every class equally often, and the utterances of one class equally often.
 

@@ -15,7 +15,7 @@ from superb_probe.probes.plan import Trial
 from superb_probe.probes.runner import Probe, Runner, random_state, selecting, set_random_state
 from superb_probe.probes.states import States
 from superb_probe.probes.store import FeatureStore
-from superb_probe.probes.training import Company, Draws, make_company
+from superb_probe.probes.training import Company, Composed, Draws, make_company
 from superb_probe.upstreams.base import UpstreamInfo
 
 HOPELESS_AFTER = 0.25  # of the updates, before a trial can be given up
@@ -65,6 +65,7 @@ def fit_trials(
     device: torch.device | None = None,
     progress: Progress | None = None,
     stop_hopeless: bool = False,
+    composed: bool = False,
 ) -> list[FitResult]:
     """Train all trials of one task and fold in one pass, choose each one's best update, score it once on test.
 
@@ -85,6 +86,7 @@ def fit_trials(
         progress: called with the trial updates done since the last call.
         stop_hopeless: give a trial up when, after a quarter of the updates, its best is still worse than what another one of
             its seed and layer had at the first evaluation.
+        composed: put training batches together as s3prl does (`TaskInfo.s3prl_batches`).
 
     Returns:
         One result a trial, in the given order; one whose loss was not finite has an error and no score.
@@ -103,8 +105,9 @@ def fit_trials(
         task = task.bind(fold, FrameGrid(info.hop_samples, info.sample_rate_hz, frames))
         runners = [_start(trial, task, labels, info, budget, device) for trial in trials]
         targets = [task.target(utterance, labels) for utterance in fold.manifests["train"]]
+        batches = _composed(task, fold, info) if composed else None
         draws = {
-            seed: Draws(splits["train"], targets, seed, budget, info, control)
+            seed: Draws(splits["train"], targets, seed, budget, info, control, batches)
             for seed in dict.fromkeys(trial.seed for trial in trials)
         }
         company = make_company(runners, draws, splits["train"], num_layers, budget, task.info.clip)
@@ -113,6 +116,11 @@ def fit_trials(
     finally:
         set_random_state(random_before, device)
     return [_result(runner, scores.get(id(runner))) for runner in runners]
+
+
+def _composed(task: Task, fold: Fold, info: UpstreamInfo) -> Composed:
+    rate = info.sample_rate_hz
+    return Composed(task.info.s3prl_batches.train, [round(u.duration_s * rate) for u in fold.manifests["train"]])
 
 
 def _start(

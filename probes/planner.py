@@ -43,6 +43,7 @@ class Need:
         reads_s: seconds of audio whose states training and evaluation read, repeats counted.
         streamed_s: seconds of audio encoded when nothing is kept of the training split.
         crops_anew: training draws new crops each time, which only encoding anew can give.
+        padded: states depend on the batch.
     """
 
     state_bytes: int
@@ -52,6 +53,7 @@ class Need:
     reads_s: float
     streamed_s: float
     crops_anew: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,9 @@ def problems(need: Need, room: Room) -> dict[Place, str | None]:
         found["disk"] = "no --store DIR is given"
     elif room.disk_problem is not None:
         found["disk"] = room.disk_problem
-    if need.crops_anew:
+    if need.padded:
+        found.update(dict.fromkeys(("gpu", "memory", "disk"), "states depend on the batch (--padding s3prl)"))
+    elif need.crops_anew:
         found.update(
             dict.fromkeys(("gpu", "memory", "disk"), "new random crops are encoded anew (--crops K keeps some)")
         )
@@ -218,16 +222,25 @@ def needs_rates(need: Need, room: Room) -> bool:
 
 
 def measure_rates(
-    upstream: Upstream, manifest: Manifest, keeping: Keeping, store: Path | None, *, max_batch_s: float = 120.0
+    upstream: Upstream,
+    manifest: Manifest,
+    keeping: Keeping,
+    store: Path | None,
+    *,
+    max_batch_s: float = 120.0,
+    machine: Rates | None = None,
 ) -> Rates:
-    """Time decoding, encoding, the disk and the copy for a few seconds; the upstream is where it will run."""
+    """Time decoding, encoding, the disk and the copy for a few seconds; the upstream is where it will run.
+
+    What is measured of the `machine` already, its disk and copy, is not measured again.
+    """
     device = keeping.device
     decode = _time_decoding(manifest, upstream.info.sample_rate_hz, keeping.waveform)
     return Rates(
         decode,
         time_encoding(upstream, manifest, keeping, max_batch_s=max_batch_s),
-        None if store is None else _time_disk(store),
-        _time_copy(device),
+        machine.disk_bytes if machine else None if store is None else _time_disk(store),
+        machine.copy_bytes if machine else _time_copy(device),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from superb_probe.probes.batches import assemble, crop
 from superb_probe.probes.store import FeatureStore
 from superb_probe.probes.store_codec import unpack
+from superb_probe.probes.store_kernels import can_pad, pad
 
 
 class States:
@@ -95,6 +96,8 @@ class States:
     def _assemble(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Padded float32 states on the device; what lies on the host travels packed, in one copy from pinned memory."""
         dtype = self._store.dtype
+        if dtype != "int8" and can_pad(parts):
+            return pad(parts)
         if self._device.type != "cuda" or parts[0].device.type == "cuda":
             return assemble([unpack(part, dtype) for part in parts], self._device)
         lengths = [part.shape[1] for part in parts]
@@ -104,7 +107,7 @@ class States:
             padded[:, row, : part.shape[1]] = part
             padded[:, row, part.shape[1] :] = 0
         states = unpack(padded.to(self._device, non_blocking=True), dtype).float()
-        return states, torch.tensor(lengths, device=self._device)
+        return states, torch.tensor(lengths).pin_memory().to(self._device, non_blocking=True)
 
 
 def _draw(starts: Tensor, counts: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -23,7 +23,7 @@ from superb_probe.errors import RequestError
 from superb_probe.probes.identity import source_digest, weights_digest
 from superb_probe.probes.plan import digest_of, readable_bytes
 from superb_probe.probes.store_codec import byte_pieces, check_dtype, frame_bytes, of_bytes, unpack
-from superb_probe.probes.store_extract import Clock, Extractor, Keeping, available_cores
+from superb_probe.probes.store_extract import Clock, Extractor, Keeping, available_cores, decoding_processes
 from superb_probe.probes.store_files import (
     Part,
     intact,
@@ -38,7 +38,7 @@ from superb_probe.probes.store_files import (
 from superb_probe.upstreams.base import Upstream, UpstreamInfo
 
 SHARD_BYTES = 128 * 2**20
-WRITERS = 4  # shards that are hashed and written at once: one core hashes about 1 GB a second
+WRITERS = max(4, available_cores() // 2)  # shards written at once: one core hashes about 1 GB a second
 FORMAT = 3
 
 Progress = Callable[[float], None]  # called with seconds of audio done
@@ -206,6 +206,9 @@ class FeatureStore:
         """
         started = time.perf_counter()
         self.audio_s, self.encoder_passes, self.clock = 0.0, 0, Clock()
+        parameter = next(upstream.parameters(), None)
+        if parameter is not None and not hasattr(upstream, "states_for"):
+            decoding_processes(parameter.device)  # they start while digests are computed
         if self.root is None:
             self._build_memory(upstream, manifest, max_batch_s, progress)
         else:
@@ -298,7 +301,8 @@ class FeatureStore:
         self, upstream: Upstream, manifest: Manifest, max_batch_s: float, progress: Progress | None
     ) -> None:
         prefix = digest_of(self.causes(upstream))
-        keys = {u.id: f"{prefix} {manifest.root.resolve()} {u.audio} {u.start_s!r} {u.duration_s!r}" for u in manifest}
+        root = manifest.root.resolve()
+        keys = {u.id: f"{prefix} {root} {u.audio} {u.start_s!r} {u.duration_s!r}" for u in manifest}
         # upstreams that read states by utterance id share nothing across manifests: the id is the cause there
         if hasattr(upstream, "states_for"):
             keys = {u: f"{key} {u}" for u, key in keys.items()}

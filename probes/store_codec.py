@@ -68,6 +68,19 @@ def is_finite(packed: Tensor, dtype: str) -> Tensor:
     return finite(_scales(packed) if dtype == "int8" else packed)
 
 
+def finite_bounds(numbers: Tensor, dtype: str) -> Tensor:
+    """Two booleans: whether all numbers are finite, and whether they still are as they are kept; one pass over them.
+
+    Rounding keeps the order, so that the least and the largest number tell.
+
+    >>> finite_bounds(torch.tensor([1.0, 1e5]), "float16").tolist(), finite_bounds(torch.tensor([1e5]), "int8").tolist()
+    ([True, False], [True, True])
+    """
+    bounds = torch.stack(torch.aminmax(numbers))
+    kept = bounds if dtype == "int8" else bounds.to(DTYPES[dtype])
+    return torch.stack([torch.isfinite(bounds).all(), torch.isfinite(kept).all()])
+
+
 def finite(numbers: Tensor) -> Tensor:
     """A boolean scalar: whether all numbers are finite, in one pass over them: NaN is both the least and the largest.
 

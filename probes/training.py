@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from superb_probe.downstreams.base import Batch, Budget
 from superb_probe.errors import RequestError
 from superb_probe.probes import kernels
-from superb_probe.probes.batches import class_weights, collate, training_batches
+from superb_probe.probes.batches import class_weights, collate, s3prl_batches, training_batches
 from superb_probe.probes.heads import UtteranceLinear
 from superb_probe.probes.runner import Runner, random_state, set_random_state
 from superb_probe.probes.stacked import LinearStack, can_stack, class_losses, token_losses
@@ -21,6 +22,28 @@ from superb_probe.probes.weighted_sum import Mixer, mix, mixture_gradient
 from superb_probe.upstreams.base import UpstreamInfo
 
 GRAPH_UPDATES = 50  # updates that a GPU runs without the host
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """How s3prl puts the training batches of a task together.
+
+    Attributes:
+        kind: as `S3prlBatches.train` says.
+        num_samples: of each training utterance.
+    """
+
+    kind: str
+    num_samples: Sequence[int]
+
+
+def label_length(target: Mapping[str, Tensor]) -> int:
+    """Tokens of a target; 1 where it is a class.
+
+    >>> label_length({"tokens": torch.zeros(7)})
+    7
+    """
+    return max((len(value) if value.ndim else 1) for value in target.values())
 
 
 class Draws:
@@ -39,8 +62,9 @@ class Draws:
         budget: Budget,
         info: UpstreamInfo,
         control: str | None,
+        composed: Composed | None = None,
     ) -> None:
-        """Every seed has its own order and its own crops."""
+        """Every seed has its own order and its own crops; `composed` puts batches together as s3prl does."""
         self.crops = torch.Generator().manual_seed(seed + 2**32)
         if control == "shuffle":
             mixed = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed + 2**33)).tolist()
@@ -56,6 +80,11 @@ class Draws:
         weights = class_weights([int(target[budget.balance]) for target in targets]) if budget.balance else None
         similar = self._max_frames is None and len(set(states.num_frames)) > 1
         order = torch.Generator().manual_seed(seed)
+        if composed is not None and composed.kind != "shuffled":
+            labels = [label_length(target) for target in targets]
+            self.rows = s3prl_batches(composed.kind, composed.num_samples, labels, budget.batch, order)
+            return
+        similar = similar and composed is None
         self.rows = training_batches(states.num_frames, budget.batch, order, similar=similar, weights=weights)
 
     def batch(self) -> tuple[Tensor, Batch]:
@@ -257,17 +286,32 @@ class MeanStack(Company):
         self._seeds = torch.arange(len(self.groups), device=self.device)[:, None]
         self._even = len({group.stop - group.start for _, group in self.groups}) == 1
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._planned: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def learn(self, count: int) -> None:
         """Make some updates of all trials."""
-        index, weights = self._plan(count)
+        index, weights = self._next(count)
         if self.device.type == "cuda" and count == GRAPH_UPDATES:
             self._replay(index, weights)
+            self._planned = self._plan(count) if self._planned is None else self._planned  # while the GPU works
             return
         index, weights = index.to(self.device), weights.to(self.device)
         for number in range(count):
             self._update(index[number], weights[number])
+
+    def _next(self, count: int) -> tuple[Tensor, Tensor]:
+        """The plan of the next updates: what was planned ahead first, and more where that is too short."""
+        planned, self._planned = self._planned, None
+        if planned is None:
+            return self._plan(count)
+        index, weights = planned
+        if len(index) < count:
+            more_index, more_weights = self._plan(count - len(index))
+            return torch.cat([index, more_index]), torch.cat([weights, more_weights])
+        if len(index) > count:
+            self._planned = index[count:], weights[count:]
+        return index[:count], weights[:count]
 
     def _plan(self, count: int) -> tuple[Tensor, Tensor]:
         """Places (updates, seeds, R, 2) among utterances and means, and weights (updates, R): 0 fills small batches up."""

@@ -59,6 +59,7 @@ def request(**changes: Any) -> Request:
         "feature_dtype": "float16",
         "seed": (1,),
         "protocol": "strict",
+        "padding": "exact",
     }
     values |= {"device": "cpu", "store_clean": False, "stop_hopeless": False, "overwrite": "never", "dry_run": True}
     return Request(**{**values, **changes})
@@ -191,8 +192,8 @@ def test_what_does_not_fit_into_the_time_is_dropped_and_said() -> None:
 
 def test_a_time_limit_reaches_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(
-        "superb_probe.engine.estimate_job",
-        lambda job, *rest: Estimate(1.0, 10.0 * len(job.trials()), len(job.trials())),
+        "superb_probe.engine.estimate_jobs",
+        lambda planned, *rest: [Estimate(1.0, 10.0 * len(each.trials()), len(each.trials())) for each, _ in planned],
     )
     records = run(Energy(), TASK, seed=[1, 2], lr=[0.1, 0.01], limit=20, time_limit="25s", out=tmp_path)
     assert [(r.probe.seed, r.probe.lr) for r in records] == [(1, 0.1), (1, 0.01)]
@@ -205,10 +206,8 @@ def test_a_time_limit_reaches_the_records(tmp_path: Path, monkeypatch: pytest.Mo
 def test_estimates_grow_with_what_is_asked(tmp_path: Path) -> None:
     places = Places(torch.device("cpu"))
     short, long = job(lr=(0.1,), steps=500), job(lr=(0.1,), steps=5000)
-    costs = [
-        engine_estimate.estimate_job(each, places.choose(each, measure=True), places.device, None)
-        for each in (short, long)
-    ]
+    planned = [(each, places.choose(each, measure=True)) for each in (short, long)]
+    costs = engine_estimate.estimate_jobs(planned, places.device, None)
     assert costs[1].fit_s > 3 * costs[0].fit_s > 0 and costs[0].extract_s > 0 and costs[0].trials == 1
 
 
@@ -226,8 +225,27 @@ def test_a_search_without_training_has_a_price_by_its_products(monkeypatch: pyte
     monkeypatch.setattr(engine_estimate, "search_split", lambda states, manifest: searches.append(len(manifest)))
     asked = job(task="qbe")
     places = Places(torch.device("cpu"))
-    found = engine_estimate.estimate_job(asked, places.choose(asked), places.device, None)
+    (found,) = engine_estimate.estimate_jobs([(asked, places.choose(asked))], places.device, None)
     assert found.fit_s > 0.0 and len(searches) == 4 and max(searches) <= 54
+
+
+def test_tasks_share_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders of one shape share the time of a task's trials, tasks of one encoder share its rates; nothing else is shared."""
+    places = Places(torch.device("cpu"))
+    asked = job(lr=(0.1,), steps=50)
+    twin = dataclasses.replace(
+        asked, template=dataclasses.replace(asked.template, upstream="twin", upstream_revision="sha256:1")
+    )
+    others = [job(lr=(0.1,), steps=60), job(lr=(0.1, 0.01), steps=50), job(lr=(0.1,), steps=50, seed=[1, 2])]
+    encoded: list[Any] = []
+    monkeypatch.setattr("superb_probe.probes.planner.time_encoding", lambda *args, **rest: encoded.append(args) or 9.0)
+    jobs = [asked, twin, *others]
+    planned = [(each, places.choose(each, measure=True)) for each in jobs]
+    assert len(encoded) == len({id(each.upstream.upstream) for each in jobs})
+    timed: list[Any] = []
+    monkeypatch.setattr(engine_estimate, "_time_trials", lambda job, *rest: timed.append(job) or float(len(timed)))
+    costs = engine_estimate.estimate_jobs(planned, places.device, None)
+    assert timed == [asked, *others] and [cost.fit_s for cost in costs] == [1.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_store_limit_picks_another_place(tmp_path: Path, capsys: Any) -> None:

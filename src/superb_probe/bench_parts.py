@@ -1,9 +1,8 @@
-"""Benches of this project's own parts: the weighted sum, the way from FLAC to a batch, a sweep against one encoder pass."""
+"""Benches of this project's own parts: the weighted sum, a sweep against one encoder pass, and what they share."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,29 +15,27 @@ from typing import Any
 import torch
 
 from superb_probe.bench_corpus import BenchCorpus, choose_corpus, corpus_summary, flac_corpus
-from superb_probe.bench_machine import counted_passes, describe_machine, synchronize, timed
+from superb_probe.bench_machine import describe_machine, synchronize, timed
 from superb_probe.bench_ours import OursJob, run_ours
 from superb_probe.bench_probing import SUPERB_SIZES
-from superb_probe.downstreams.audio import SAMPLE_RATE_HZ, read_waveform
 from superb_probe.downstreams.load import load_task
 from superb_probe.downstreams.manifest import Manifest
 from superb_probe.engine_ask import choose_device
 from superb_probe.engine_record import exact_arithmetic, now
 from superb_probe.errors import RequestError
-from superb_probe.probes.planner import Need, choose_place, measure_room
-from superb_probe.probes.states import States
-from superb_probe.probes.store import FeatureStore, duration_batches
+from superb_probe.probes.store import FeatureStore, duration_batches, manifest_seconds
+from superb_probe.probes.store_extract import Extractor
 from superb_probe.probes.weighted_sum import WeightedSum
 from superb_probe.upstreams.base import Upstream
 from superb_probe.upstreams.checkpoints import write_checkpoint
 from superb_probe.upstreams.load import load_upstream
 
 GPU_SHAPE, CPU_SHAPE = (13, 32, 750, 768), (13, 4, 200, 768)
-BATCH = 32
 BATCH_S = {"cpu": 60.0, "cuda": 120.0}  # seconds of audio the encoder takes at once, as in a run
 
 
-def _result(name: str, device: torch.device) -> dict[str, Any]:
+def result_of(name: str, device: torch.device) -> dict[str, Any]:
+    """What every result begins with."""
     return {"bench": name, "started_at": now(), "machine": describe_machine(device)}
 
 
@@ -49,7 +46,7 @@ def bench_weighted_sum(args: argparse.Namespace) -> dict[str, Any]:
     if min(shape) < 1:
         raise RequestError(f"--shape {' '.join(map(str, shape))}: positive numbers")
     repeats = 20 if device.type == "cuda" else 5
-    result = _result("weighted-sum", device) | {"shape": dict(zip("LBTD", shape, strict=True)), "dtypes": {}}
+    result = result_of("weighted-sum", device) | {"shape": dict(zip("LBTD", shape, strict=True)), "dtypes": {}}
     for dtype in (torch.float32, torch.float16):
         states = torch.randn(shape, device=device).to(dtype)
         result["dtypes"][str(dtype).removeprefix("torch.")] = _weighted_sum(states, repeats, device)
@@ -90,7 +87,7 @@ def _weighted_sum(states: torch.Tensor, repeats: int, device: torch.device) -> d
 
 def describe_weighted_sum(result: Mapping[str, Any]) -> list[str]:
     """The result in lines for people."""
-    lines = [_where(result), "x".join(str(n) for n in result["shape"].values()) + ", forward and backward"]
+    lines = [where(result), "x".join(str(n) for n in result["shape"].values()) + ", forward and backward"]
     for dtype, row in result["dtypes"].items():
         lines.append(
             f"  {dtype} states: {1e3 * row['seconds']:.3g} ms, {row['ratio']:.2f} times what {row['needed_bytes'] / 1e9:.2f} GB need "
@@ -113,13 +110,16 @@ def encoder_for(args: argparse.Namespace, folder: Path, dtype: str = "float32") 
 
 def encoder_pass(upstream: Upstream, manifests: Sequence[Manifest], device: torch.device) -> dict[str, float]:
     """Seconds of one pass of the encoder alone, audio decoded and on the device before the clock starts."""
-    utterances = [(manifest, utterance) for manifest in manifests for utterance in manifest]
-    roots = {utterance.id: manifest.root for manifest, utterance in utterances}
-    batches = duration_batches([utterance for _, utterance in utterances], BATCH_S[device.type])
-    waves = [
-        [torch.from_numpy(read_waveform(u, roots[u.id], SAMPLE_RATE_HZ)).to(device) for u in batch] for batch in batches
-    ]
     upstream.to(device)
+    keeping = FeatureStore().keeping
+    utterances, waves = [], []
+    for manifest in manifests:
+        extractor = Extractor(upstream, manifest.root, keeping)
+        batches = duration_batches(manifest, BATCH_S[device.type])
+        with ThreadPoolExecutor(extractor.workers) as pool:
+            for batch, found in zip(batches, pool.map(extractor.read, batches), strict=True):
+                waves.append([wave.to(device) for wave in found])
+                utterances += batch
     with exact_arithmetic(device):
         for warm in (waves[0], waves[-1]):
             upstream.extract(warm)
@@ -129,40 +129,11 @@ def encoder_pass(upstream: Upstream, manifests: Sequence[Manifest], device: torc
             upstream.extract(batch)
         synchronize(device)
     seconds = time.perf_counter() - started
-    audio_s = sum(utterance.duration_s for _, utterance in utterances)
+    audio_s = manifest_seconds(utterances)
     return {"seconds": seconds, "audio_s": audio_s, "audio_s_per_s": audio_s / seconds, "utterances": len(utterances)}
 
 
-def bench_extraction(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """FLAC on disk to a weighted-sum training batch, whole and stage by stage, for every place states are kept in."""
-    device = choose_device(args.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = choose_corpus(load_task("pr"), args.limit, folder / "manifests", labelled=False)
-    manifest = _copies(flac_corpus(chosen, folder / "flac").fold.manifests["train"], args.copies)
-    upstream, _ = encoder_for(args, folder, args.dtype)
-    encode = encoder_pass(upstream, [manifest], device)
-    result = _result("extraction", device) | {
-        "encoder": {"dim": upstream.info.dim, "layers": upstream.info.num_layers, "dtype": args.dtype},
-        "utterances": len(manifest),
-        "audio_s": manifest.total_s,
-        "encoder_alone": encode,
-        "stages_audio_s_per_s": {"encode": encode["audio_s_per_s"], "decode": _decode_rate(manifest)},
-        "planner": _planned(upstream, manifest, device),
-        "whole": {},
-    }
-    stages, warm = result["stages_audio_s_per_s"], manifest.keep(manifest.ids[:BATCH])
-    for place in ("gpu", "memory", "disk") if device.type == "cuda" else ("memory", "disk"):
-        for part in (warm, manifest):  # kernels are compiled and pinned memory is taken once a process
-            shutil.rmtree(folder / "store", ignore_errors=True)
-            found = _whole(upstream, part, place, folder / "store", device)
-        stages[f"read from {place}"] = manifest.total_s / found["read_s"]
-        result["whole"][place] = found | {"share_of_encoder": encode["seconds"] / found["seconds"]}
-    limiting = min(stages, key=lambda name: stages[name])
-    result["limiting_stage"] = limiting
-    return result
-
-
-def _copies(manifest: Manifest, copies: int) -> Manifest:
+def copies_of(manifest: Manifest, copies: int) -> Manifest:
     """A manifest whose every file is there so many times, for a bench that lasts longer than what starts and ends it.
 
     Raises:
@@ -180,64 +151,12 @@ def _copies(manifest: Manifest, copies: int) -> Manifest:
     return Manifest(made, manifest.root, manifest.name)
 
 
-def _planned(upstream: Upstream, manifest: Manifest, device: torch.device) -> str:
-    """Where a run of several epochs would keep these states, and why."""
-    size, seconds = FeatureStore.estimate_bytes(upstream.info, manifest, "frames", "float16"), manifest.total_s
-    need = Need(size, size, seconds, seconds, reads_s=10 * seconds, streamed_s=10 * seconds)
-    return choose_place(need, measure_room(device, None, need, None), None).reason
-
-
-def _decode_rate(manifest: Manifest) -> float:
-    """Seconds of audio decoded in a second by as many threads as there are cores."""
-    started = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for _ in pool.map(lambda utterance: read_waveform(utterance, manifest.root, SAMPLE_RATE_HZ), manifest):
-            pass
-    return manifest.total_s / (time.perf_counter() - started)
-
-
-def _whole(upstream: Upstream, manifest: Manifest, place: str, root: Path, device: torch.device) -> dict[str, Any]:
-    """Build a store from FLAC and read every utterance once in weighted-sum training batches."""
-    kept = device if place == "gpu" else torch.device("cpu")
-    store = FeatureStore(root if place == "disk" else None, view="frames", dtype="float16", device=kept)
-    module = WeightedSum(upstream.info.num_layers).to(device)
-    with exact_arithmetic(device), counted_passes(upstream) as passes:
-        synchronize(device)
-        started = time.perf_counter()
-        store.build(upstream, manifest, max_batch_s=BATCH_S[device.type])
-        built = time.perf_counter() - started
-        states = States(store, manifest.ids, None, device)
-        order = sorted(range(len(manifest)), key=lambda row: states.num_frames[row])
-        for start in range(0, len(order), BATCH):
-            module(states.batch(order[start : start + BATCH])[0])
-        synchronize(device)
-        seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "build_s": built,
-        "read_s": seconds - built,
-        "audio_s_per_s": manifest.total_s / seconds,
-        "store_bytes": store.num_bytes,
-        "passes_per_utterance": passes.utterances / len(manifest),
-        "build_limit": store.clock.limiting(),
-    }
-
-
-def describe_extraction(result: Mapping[str, Any]) -> list[str]:
-    """The result in lines for people."""
-    stages = ", ".join(f"{name} {rate:.0f}" for name, rate in result["stages_audio_s_per_s"].items())
-    lines = [
-        _where(result),
-        f"{result['utterances']} FLAC files, {result['audio_s']:.0f} s; seconds of audio a second: {stages}",
-        f"  limiting stage: {result['limiting_stage']}; a run would keep the states in {result['planner']}",
-    ]
-    for place, row in result["whole"].items():
-        lines.append(
-            f"  FLAC to weighted-sum batches by {place}: {row['audio_s_per_s']:.0f} s a second, "
-            f"{100 * row['share_of_encoder']:.0f} % of the encoder alone, {row['passes_per_utterance']:.2f} passes an utterance"
-            + f"; {row['build_limit']}"
-        )
-    return lines
+def _copied_corpus(corpus: BenchCorpus, copies: int) -> BenchCorpus:
+    """A corpus with so many copies of every file, its manifests written again."""
+    manifests = {split: copies_of(manifest, copies) for split, manifest in corpus.fold.manifests.items()}
+    for split, manifest in manifests.items():
+        manifest.write(corpus.manifests[str(split)])
+    return replace(corpus, fold=replace(corpus.fold, manifests=manifests))
 
 
 def bench_sweep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -246,6 +165,7 @@ def bench_sweep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     task = load_task(args.task)
     corpus = flac_corpus(choose_corpus(task, args.limit, folder / "manifests"), folder / "flac")
+    corpus = _copied_corpus(corpus, args.copies)
     upstream, checkpoint = encoder_for(args, folder)
     one_pass = encoder_pass(upstream, list(corpus.fold.manifests.values()), device)
     del upstream
@@ -253,7 +173,7 @@ def bench_sweep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         torch.cuda.empty_cache()
     budget, settings = task.info.budgets["full"], task.info.protocols["superb"]
     updates = args.updates or budget.steps
-    result = _result("sweep", device) | {
+    result = result_of("sweep", device) | {
         "task": args.task,
         "data": corpus_summary(corpus),
         "updates": updates,
@@ -268,6 +188,13 @@ def bench_sweep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         shutil.rmtree(folder / name, ignore_errors=True)
         job = _sweep_job(args, corpus, checkpoint, list(settings.lr_grid), list(seeds), updates, folder / name, layer)
         result["runs"][name] = run_ours(job, folder / name, args.timeout)
+    if updates < budget.steps:  # what an update takes once all is compiled: the rest does not grow with them
+        fewer = max(1, updates // 10)
+        job = _sweep_job(
+            args, corpus, checkpoint, list(settings.lr_grid), list(args.seed), fewer, folder / "fewer", None
+        )
+        job = replace(job, store=str(folder / "weighted_sum" / "store"))
+        result["fewer_updates"] = {"updates": fewer, "fit_s": run_ours(job, folder / "fewer", args.timeout)["fit_s"]}
     result |= sweep_ratios(result, corpus)
     return result
 
@@ -315,7 +242,10 @@ def sweep_ratios(result: Mapping[str, Any], corpus: BenchCorpus) -> dict[str, An
         pass_s = audio_s / one_pass["audio_s_per_s"]
         extract_s = summed["extract_s"] / corpus.audio_s * audio_s
         other_s = max(summed["wall_s"] - summed["fit_s"] - summed["extract_s"], 0.0)
-        fit_s = summed["fit_s"] / result["updates"] * result["superb_updates"]
+        fewer = result.get("fewer_updates", {"updates": 0, "fit_s": 0.0})
+        update_s = (summed["fit_s"] - fewer["fit_s"]) / (result["updates"] - fewer["updates"])
+        once_s = max(0.0, summed["fit_s"] - result["updates"] * update_s)
+        fit_s = once_s + update_s * result["superb_updates"]
         sweep_s = extract_s + fit_s + other_s
         found["at_superb_sizes"] = {
             "encoder_pass_s": pass_s,
@@ -324,7 +254,7 @@ def sweep_ratios(result: Mapping[str, Any], corpus: BenchCorpus) -> dict[str, An
             "arithmetic": (
                 f"one pass: {audio_s / 3600:.3g} h at {one_pass['audio_s_per_s']:.4g} s a second = {pass_s:.4g} s; sweep: the same "
                 f"audio decoded, encoded, written at {corpus.audio_s / summed['extract_s']:.4g} s a second = {extract_s:.4g} s + "
-                f"{result['superb_updates']} updates x {summed['fit_s'] / result['updates']:.4g} s = {fit_s:.4g} s + {other_s:.3g} s"
+                f"{result['superb_updates']} updates x {update_s:.4g} s + {once_s:.3g} s once = {fit_s:.4g} s + {other_s:.3g} s"
             ),
         }
     return found
@@ -334,14 +264,15 @@ def describe_sweep(result: Mapping[str, Any]) -> list[str]:
     """The result in lines for people."""
     one_pass = result["encoder_pass"]
     lines = [
-        _where(result),
+        where(result),
         f"{result['task']}, {result['updates']} updates ({result['superb_updates']} in SUPERB); one encoder pass over "
         + f"{one_pass['audio_s']:.0f} s of audio: {one_pass['seconds']:.2f} s ({one_pass['audio_s_per_s']:.0f} s a second)",
     ]
     for name, run in result["runs"].items():
+        rest_s = run["wall_s"] - run["extract_s"] - run["fit_s"]
         lines.append(
             f"  {name.replace('_', ' ')}: {run['trials']} trials, {run['wall_s']:.2f} s in all (decoded, encoded, written "
-            f"{run['extract_s']:.2f} s, training {run['fit_s']:.2f} s)"
+            f"{run['extract_s']:.2f} s, training {run['fit_s']:.2f} s, the rest {rest_s:.2f} s)"
         )
     lines.append(
         f"  the weighted sum's sweep takes {result['ratio']:.2f} encoder passes here, {result['passes_per_utterance']:.2f} passes an "
@@ -355,7 +286,8 @@ def describe_sweep(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _where(result: Mapping[str, Any]) -> str:
+def where(result: Mapping[str, Any]) -> str:
+    """The machine of a result in one line."""
     machine = result["machine"]
     name = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} threads"
     return f"{name}; torch {machine['versions']['torch']}; commit {machine['commit']}"

@@ -1,4 +1,4 @@
-"""The command that times: `bench probing`, `sweep`, `extraction`, `weighted-sum`, `encoders` and `kernels`."""
+"""The command that times: `bench probing`, `sweep`, `extraction`, `weighted-sum`, `encoders`, `kernels` and `table`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,13 @@ def _add_parts(kinds: Any) -> None:
     _common(sweep)
     sweep.add_argument("--task", default="ic", help="default: ic")
     sweep.add_argument("--updates", type=int, help="default: SUPERB's own number")
+    sweep.add_argument(
+        "--copies",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of every file, for a corpus of a real one's size (default: 1)",
+    )
     sweep.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
     sweep.add_argument("--no-layers", action="store_true", help="leave --layer all out")
     sweep.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of one run")
@@ -106,20 +113,54 @@ def _add_encoders(kinds: Any) -> None:
     encoders.add_argument("--upstream", nargs="+", default=names, help=f"default: {' '.join(names)}")
     encoders.add_argument("--size", default="base", help="default: base")
     encoders.add_argument("--dtype", default="float32", help="default: float32")
+    encoders.add_argument(
+        "--part", nargs="+", choices=("batch", "growth"), default=["batch"], help="default: batch; growth: one long row"
+    )
     encoders.add_argument("--batch", type=int, default=4, help="utterances (default: 4)")
     encoders.add_argument("--seconds", type=float, default=15.0, help="of each (default: 15)")
-    encoders.add_argument("--repeats", type=int, default=5, help="the median counts (default: 5)")
+    encoders.add_argument(
+        "--growth-seconds",
+        nargs="+",
+        type=float,
+        metavar="S",
+        help="lengths of growth (default: 5 to 80, on a GPU to 1200)",
+    )
+    encoders.add_argument("--no-peer", dest="peer", action="store_false", help="leave transformers out")
+    _add_turns(encoders, 5)
     encoders.set_defaults(handler=run_encoders)
 
+    parts = ("scan", "scan-gradients", "block", "block-gradients")
     kernels = kinds.add_parser(
         "kernels",
-        help="the selective scan's back ends, beside mamba_ssm where it is installed",
-        description="Forward scans at the width of the paper's Base model.",
+        help="the selective scan's back ends and whole Mamba blocks, beside mamba_ssm, mambapy and transformers where installed",
+        description="Scans and blocks at the width of the paper's Base model: times, ratios, memory, floors by counting.",
     )
     _common(kernels, encoder=False)
     kernels.add_argument("--dtype", default="float32", help="default: float32")
-    kernels.add_argument("--repeats", type=int, default=10, help="the median counts (default: 10)")
+    kernels.add_argument("--part", nargs="+", choices=parts, default=list(parts), help=f"default: {' '.join(parts)}")
+    kernels.add_argument("--shape", nargs="+", metavar="ROWSxFRAMES", help="default: of the device, such as 16x1500")
+    _add_turns(kernels, 10)
     kernels.set_defaults(handler=run_kernels)
+
+    table = kinds.add_parser(
+        "table",
+        help="Markdown tables of what `bench encoders` and `bench kernels` wrote",
+        description="The tables of docs/encoder-speed.md are made by this.",
+    )
+    table.add_argument("file", nargs="+", type=Path, help="JSON documents, as --out writes them")
+    table.set_defaults(handler=run_table)
+
+
+def _add_turns(parser: Any, repeats: int) -> None:
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=repeats,
+        help=f"turns; GPU: the median counts, CPU: the least (default: {repeats})",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=20.0, metavar="S", help="no new turn of a row after it (default: 20)"
+    )
 
 
 def _common(parser: Any, encoder: bool = True) -> None:
@@ -177,11 +218,9 @@ def run_weighted_sum(args: argparse.Namespace) -> int:
 
 def run_extraction(args: argparse.Namespace) -> int:
     """Bench the way from FLAC to a training batch."""
-    from superb_probe import bench_parts
+    from superb_probe import bench_extraction as bench
 
-    return _report(
-        args, lambda folder: bench_parts.bench_extraction(args, folder), bench_parts.describe_extraction, args.work
-    )
+    return _report(args, lambda folder: bench.bench_extraction(args, folder), bench.describe_extraction, args.work)
 
 
 def run_sweep(args: argparse.Namespace) -> int:
@@ -199,10 +238,19 @@ def run_encoders(args: argparse.Namespace) -> int:
 
 
 def run_kernels(args: argparse.Namespace) -> int:
-    """Bench the scan."""
-    from superb_probe import bench_encoders
+    """Bench the scan and the Mamba block."""
+    from superb_probe import bench_kernels
 
-    return _report(args, lambda folder: bench_encoders.bench_kernels(args), bench_encoders.describe_kernels, None)
+    return _report(args, lambda folder: bench_kernels.bench_kernels(args), bench_kernels.describe_kernels, None)
+
+
+def run_table(args: argparse.Namespace) -> int:
+    """Print results as Markdown."""
+    from superb_probe.bench_tables import read_results, tables
+
+    for result in read_results(args.file):
+        print("\n".join(tables(result)))
+    return 0
 
 
 def _report(

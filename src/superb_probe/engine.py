@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from superb_probe.engine_ask import Problems, Request, choose_device
-from superb_probe.engine_estimate import Estimate, estimate_job, fit_into
+from superb_probe.engine_estimate import Estimate, estimate_jobs, fit_into
 from superb_probe.engine_places import Placed, Places, make_room
 from superb_probe.engine_progress import say
 from superb_probe.engine_record import exact_arithmetic
@@ -51,6 +51,7 @@ def run(
     store_limit: str | int | None = None,
     store_clean: bool = False,
     states: Place | None = None,
+    padding: Literal["exact", "s3prl"] = "exact",
     limit: int | None = None,
     tier: Literal["quick"] | None = None,
     time_limit: str | float | None = None,
@@ -88,6 +89,8 @@ def run(
         store_limit: most that the stores in it may take: bytes, or "500GB".
         store_clean: delete the least recently used stores when the limit asks for room.
         states: where they are read from in training: "gpu", "memory", "disk" or "stream"; None: the fastest that they fit in.
+        padding: "exact": an utterance's states do not depend on its batch; "s3prl": batches are composed and padded as s3prl does, and
+            each is encoded anew, so that states of an utterance differ from update to update. Nothing is stored then.
         limit: use only the first utterances of each split.
         tier: "quick": PR, SID, ER and IC on seeded subsets.
         time_limit: seconds, or "8h": what does not fit is dropped from the plan, and said.
@@ -116,7 +119,7 @@ def _run(request: Request) -> list[RunRecord]:
         problems.raise_any()
         planned = [(job, placed) for job, placed in zip(jobs, made, strict=True) if placed is not None]
         if timed:
-            estimates = [estimate_job(job, placed, device, request.control) for job, placed in planned]
+            estimates = estimate_jobs(planned, device, request.control)
             if request.limit_s is not None:
                 planned, estimates = _fitted(planned, estimates, request.limit_s)
         if request.dry_run:

@@ -57,6 +57,7 @@ class Request:
     store_limit: str | int | None
     store_clean: bool
     states: str | None
+    padding: str
     limit: int | None
     tier: str | None
     time_limit: str | float | None
@@ -116,11 +117,20 @@ def value_problems(request: Request) -> list[str]:
         wrong.append("--store-limit and --store-clean are about stores on disk. Fix: --store DIR too")
     if request.store_clean and request.store_limit is None:
         wrong.append("--store-clean makes room below a limit. Fix: --store-limit SIZE too")
+    if request.padding == "s3prl" and (request.store is not None or request.states not in (None, "stream")):
+        place = "--store" if request.store is not None else f"--states {request.states}"
+        wrong.append(
+            f"--padding s3prl: an utterance has other states in every batch, which {place} cannot keep. "
+            f"Fix: leave {place} out (a store named in superb.yaml or SUPERB_PROBE_STORE too), or --padding exact"
+        )
+    if request.padding == "s3prl" and request.crops:
+        wrong.append("--padding s3prl encodes new crops each time. Fix: leave --crops out")
     for name, value, known in (
         ("control", request.control, (None, "shuffle")),
         ("overwrite", request.overwrite, ("never", "failed", "always")),
         ("feature-dtype", request.feature_dtype, tuple(DTYPES)),
         ("states", request.states, (None, *PLACES)),
+        ("padding", request.padding, ("exact", "s3prl")),
         ("tier", request.tier, (None, "quick")),
     ):
         if value not in known:

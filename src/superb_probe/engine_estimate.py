@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from superb_probe.probes.store_codec import pack
 from superb_probe.probes.untrained import DOCUMENT, QUERY, search_split
 
 SAMPLE = 96  # utterances of a split that are timed
-TIMED_S = 2.0  # about how long updates are timed
+TIMED_S = 1.0  # about how long updates are timed
 QUERIES, DOCUMENTS = 6, 48  # that are searched when nothing is trained
 
 
@@ -82,14 +82,42 @@ class FabricatedStore(FeatureStore):
         return self._lengths[utterance_id]
 
 
-def estimate_job(job: Job, placed: Placed, device: torch.device, control: str | None) -> Estimate:
-    """The seconds a job will take, all folds and planned trials; growth of the grid is not part of it."""
+def estimate_jobs(planned: Sequence[tuple[Job, Placed]], device: torch.device, control: str | None) -> list[Estimate]:
+    """The seconds each job will take, all folds and planned trials; growth of the grid is not part of it.
+
+    Trials of one task on encoders of one shape are timed once.
+    """
+    timed: dict[tuple[Hashable, ...], float] = {}
+    found = []
+    for job, placed in planned:
+        key = _timing_key(job, placed)
+        if key not in timed:
+            timed[key] = _time_trials(job, placed, device, control)
+        found.append(_estimate(job, placed, timed[key]))
+    return found
+
+
+def _timing_key(job: Job, placed: Placed) -> tuple[Hashable, ...]:
+    """What the seconds of training and scoring depend on."""
+    info, question = job.upstream.upstream.info, job.question
+    template = replace(job.template, upstream="", upstream_revision="", upstream_options={})
+    asked = (repr(template), repr(question.budget), repr(question.settings), tuple(question.rates))
+    return (*asked, job.seeds, job.layers, job.crops, placed.choice.place, info.num_layers, info.dim, info.hop_samples)
+
+
+def _time_trials(job: Job, placed: Placed, device: torch.device, control: str | None) -> float:
+    """Seconds of training, evaluation and scoring of all folds."""
+    folds = job.question.folds
+    if not job.question.task.info.trained:
+        return sum(_time_untrained(job, each, device) for each in folds)
+    return _time_fold(job, folds[0], placed, device, control) * len(folds)
+
+
+def _estimate(job: Job, placed: Placed, fit_s: float) -> Estimate:
     trials, rates = len(job.trials()), placed.rates
     extract_s = 0.0 if rates is None else placed.need.missing_s / rates.encode
     if not job.question.task.info.trained:
-        return Estimate(extract_s, sum(_time_untrained(job, each, device) for each in job.question.folds), trials)
-    fit_s = sum(_time_fold(job, each, placed, device, control) for each in job.question.folds[:1])
-    fit_s *= len(job.question.folds)
+        return Estimate(extract_s, fit_s, trials)
     if rates is not None:
         seconds = placed.choice.seconds
         if placed.choice.place == "stream":

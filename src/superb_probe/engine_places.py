@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from superb_probe.probes.planner import (
     needs_rates,
 )
 from superb_probe.probes.store import FeatureStore, store_folder
+from superb_probe.probes.store_extract import decoding_processes
 from superb_probe.probes.store_files import clean_stores, mark_used, overhead_bytes
+from superb_probe.probes.store_padded import PaddedEvaluationStore, PaddedStore
 from superb_probe.probes.store_stream import StreamStore
 
 CPU_BATCH_S, GPU_BATCH_S = 60.0, 120.0  # on a CPU half the memory, at the same speed
@@ -41,6 +44,7 @@ class Places:
         limit_bytes: most that they may take.
         clean: whether the least recently used ones may be deleted for room.
         asked: the place somebody wants.
+        measured: rates that jobs share.
     """
 
     device: torch.device
@@ -48,6 +52,7 @@ class Places:
     limit_bytes: int | None = None
     clean: bool = False
     asked: Place | None = None
+    measured: dict[tuple[int, str, int], Rates] = field(default_factory=dict)
 
     @property
     def batch_s(self) -> float:
@@ -60,6 +65,8 @@ class Places:
         Raises:
             RequestError: if the states do not fit where they are wanted.
         """
+        if not hasattr(job.upstream.upstream, "states_for"):
+            decoding_processes(self.device)  # they start while the rest is looked at
         need = need_of(job, self)
         room = measure_room(self.device, self.store, need, self.limit_bytes, clean=self.clean)
         rates = None
@@ -88,13 +95,28 @@ class Placed:
 
 
 def measured_rates(job: Job, places: Places) -> Rates:
-    """What the machine does in a second with a job's encoder and audio."""
+    """What the machine does in a second with a job's encoder and audio.
+
+    Measured once for all jobs of an encoder whose audio has the same effects and is about as long (within a factor 1.5).
+    """
     upstream = job.upstream.upstream
     manifest = next(iter(job.question.folds[0].fold.manifests.values()))
+    length = round(math.log2(manifest.total_s / len(manifest)))
+    key = (id(upstream), job.question.task.info.waveform, length)
+    if key not in places.measured:
+        machine = next(iter(places.measured.values()), None)
+        places.measured[key] = _measured_now(job, manifest, places, machine)
+    return places.measured[key]
+
+
+def _measured_now(job: Job, manifest: Manifest, places: Places, machine: Rates | None) -> Rates:
+    upstream = job.upstream.upstream
     store = _empty_store(job, "dev", places.device, None)
     upstream.to(places.device)
     try:
-        return measure_rates(upstream, manifest, store.keeping, places.store, max_batch_s=places.batch_s)
+        return measure_rates(
+            upstream, manifest, store.keeping, places.store, max_batch_s=places.batch_s, machine=machine
+        )
     finally:
         upstream.to("cpu")
 
@@ -127,6 +149,7 @@ def need_of(job: Job, places: Places) -> Need:
         reads_s,
         streamed_s,
         job.crops_anew,
+        job.padded,
     )
 
 
@@ -204,7 +227,8 @@ def _empty_store(
     kind: type[FeatureStore] = FeatureStore,
 ) -> FeatureStore:
     info, cropped = job.question.task.info, job.cropped(split)
-    crop_s = job.question.budget.max_crop_s if cropped or (job.crops_anew and split == "train") else None
+    anew = (job.crops_anew or job.padded) and split == "train"
+    crop_s = job.question.budget.max_crop_s if cropped or anew else None
     return kind(
         root,
         view=info.view,
@@ -271,6 +295,8 @@ class JobStores:
 
     def _empty(self, split: str) -> FeatureStore:
         """A store for a split; dev and test are kept also where training encodes anew, when memory has room."""
+        if self.job.padded:
+            return self._padded(split)
         place = self.placed.choice.place
         device = self.places.device if place in ("gpu", "stream") else torch.device("cpu")
         if place == "stream" and (split == "train" or not self._evaluation_fits()):
@@ -279,6 +305,15 @@ class JobStores:
             device = torch.device("cpu")
         root = self.places.store if self.placed.persists else None
         return _empty_store(self.job, split, device, root, self.memory if root is None else None, self._limit())
+
+    def _padded(self, split: str) -> FeatureStore:
+        """A store of s3prl's batches: train is encoded when asked for, the other splits once, whatever their size."""
+        if split == "train":
+            return _empty_store(self.job, split, self.places.device, None, kind=PaddedStore)
+        store = _empty_store(self.job, split, torch.device("cpu"), None, kind=PaddedEvaluationStore)
+        assert isinstance(store, PaddedEvaluationStore)
+        store.batch = self.job.question.task.info.s3prl_batches.evaluation
+        return store
 
     def _evaluation_fits(self) -> bool:
         free = free_memory_bytes()

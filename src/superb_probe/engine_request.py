@@ -16,6 +16,7 @@ from superb_probe.downstreams.checks import report
 from superb_probe.downstreams.corpora import choose_data
 from superb_probe.downstreams.load import load_folds, load_task
 from superb_probe.downstreams.manifest import Manifest, Problem, Utterance, audio_digest
+from superb_probe.downstreams.support import PADDED_STATES, STATES_ALONE
 from superb_probe.engine_ask import (
     LoadedUpstream,
     Problems,
@@ -30,6 +31,7 @@ from superb_probe.engine_subset import QUICK_SIZES, limited, quick
 from superb_probe.errors import RequestError
 from superb_probe.probes.plan import Trial, default_budget, digest_of, plan_trials
 from superb_probe.probes.store import FeatureStore
+from superb_probe.upstreams.padding import PaddedUpstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Job:
         layers: what the probes read: one layer, or None for the weighted sum of all.
         crops: stored crops of long training utterances in view "mean"; 0 for whole utterances.
         crops_anew: whether crops are encoded anew each time instead.
+        padded: whether training encodes each batch as s3prl composes and pads it.
         least_frames: fewest frames an utterance must have.
     """
 
@@ -90,6 +93,7 @@ class Job:
     layers: tuple[int | None, ...]
     crops: int
     crops_anew: bool
+    padded: bool
     least_frames: int
 
     @property
@@ -139,6 +143,8 @@ def resolve(request: Request, problems: Problems) -> list[Job]:
     options = dict(request.upstream_option or {})
     load = partial(resolve_upstream, checkpoint=request.checkpoint, size=request.size, random=request.random)
     loaded = [problems.attempt(partial(load, name, options=options)) for name in request.upstreams]
+    if request.padding == "s3prl":
+        loaded = [problems.attempt(partial(padded_upstream, each)) for each in loaded if each is not None]
     choose = quick_tasks if request.tier == "quick" else expand_tasks
     names = problems.attempt(partial(choose, request.tasks)) or []
     questions = [problems.attempt(partial(resolve_question, name, request)) for name in names]
@@ -176,7 +182,7 @@ def resolve_question(name: str, request: Request) -> Question:
     check_selecting(task, settings.select_on, folds)
     train_s = max(_training_manifest(fold).total_s for fold in folds)
     budget, budget_name = choose_budget(task, settings, request, default_budget(train_s, dataset))
-    deviations = list(settings.deviations)
+    deviations = padding_deviations(settings.deviations, request)
     if request.limit is not None:
         deviations.append(f"only the first {request.limit} utterances of each split")
     if request.tier == "quick":
@@ -193,6 +199,25 @@ def resolve_question(name: str, request: Request) -> Question:
     rates = tuple(request.lr) if request.lr else settings.lr_grid
     grows = not request.lr and request.control is None
     return Question(task, settings, budget, budget_name, dataset, tuple(loaded), rates, grows, tuple(deviations))
+
+
+def padded_upstream(loaded: LoadedUpstream) -> LoadedUpstream:
+    """The encoder with s3prl's padding; one that has it already stays.
+
+    Raises:
+        RequestError: for one that has none.
+    """
+    if isinstance(loaded.upstream, PaddedUpstream):
+        return loaded
+    return replace(loaded, upstream=PaddedUpstream(loaded.upstream))
+
+
+def padding_deviations(told: Sequence[str], request: Request) -> list[str]:
+    """What differs from the published code, with the states' padding as it was asked for."""
+    if request.padding == "exact":
+        return list(told)
+    kept = [text for text in told if text != STATES_ALONE]
+    return [*kept, PADDED_STATES] if request.protocol == "strict" else kept
 
 
 def _training_manifest(fold: Fold) -> Manifest:
@@ -323,6 +348,8 @@ def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> 
         options["control"] = request.control
     if request.stop_hopeless:
         options["stop_hopeless"] = True
+    if request.padding != "exact":
+        options["padding"] = request.padding
     template = Trial(
         upstream=upstream.name,
         upstream_revision=info.revision,
@@ -347,7 +374,8 @@ def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> 
     )
     least_frames = 1 if task.info.view == "mean" or made is None else max(1, made.min_frames)
     seeds = tuple(dict.fromkeys(request.seed)) if task.info.trained else (0,)
-    return Job(upstream, question, template, seeds, layers, crops, crops_anew, least_frames)
+    padded = request.padding == "s3prl"
+    return Job(upstream, question, template, seeds, layers, crops, crops_anew, padded, least_frames)
 
 
 def choose_layers(layer: int | str | None, num_layers: int, task: Task, name: str) -> tuple[int | None, ...]:
@@ -377,6 +405,7 @@ def choose_crops(question: Question, request: Request) -> tuple[int, bool]:
     if longest_s <= budget.max_crop_s:
         return 0, False
     anew = request.crops == 0 if request.crops is not None else request.protocol == "superb"
+    anew = anew or request.padding == "s3prl"
     return (0, True) if anew else (request.crops or budget.crops, False)
 
 

@@ -204,6 +204,7 @@ class Walk:
                 control=self.control,
                 progress=stage.advance,
                 stop_hopeless=self.stop_hopeless,
+                composed=job.padded,
                 **shared,
             )
 

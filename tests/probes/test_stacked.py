@@ -149,6 +149,37 @@ def test_a_diverged_trial_is_told_its_update_and_poisons_nobody(toy: SimpleNames
             assert distance(result, world([trial], task)[0]) < 1
 
 
+def planner_of_means() -> Any:
+    """The part of a `MeanStack` that draws batches: three seeds, 70 utterances, two batches an update, drawn crops."""
+
+    def draws(seed: int) -> SimpleNamespace:
+        order = torch.Generator().manual_seed(seed)
+        rows = training_module.training_batches([1] * 70, 32, order, similar=False)
+        return SimpleNamespace(rows=rows, crops=torch.Generator().manual_seed(seed))
+
+    stack: Any = training_module.MeanStack.__new__(training_module.MeanStack)
+    stack.groups = [(draws(seed), slice(0, 5)) for seed in range(3)]
+    stack._rows, stack.accumulate, stack._planned = 64, 2, None
+    stack._states = SimpleNamespace(
+        draw_means=lambda batches, crops: torch.randint(9, (sum(map(len, batches)),), generator=crops)
+    )
+    return stack
+
+
+@pytest.mark.parametrize("strides", [(40,), (3, 10, 10, 2, 1, 10, 4), (10, 10, 10, 10)])
+def test_batches_planned_ahead_are_those_planned_in_time(strides: tuple[int, ...]) -> None:
+    in_time, ahead = planner_of_means(), planner_of_means()
+    expected = [in_time._plan(1) for _ in range(40)]
+    found = []
+    for count in strides:
+        index, weights = ahead._next(count)
+        found += list(zip(index.split(1), weights.split(1), strict=True))
+        if ahead._planned is None:
+            ahead._planned = ahead._plan(10)
+    for (index, weights), (other_index, other_weights) in zip(found, expected, strict=True):
+        assert torch.equal(index, other_index) and torch.equal(weights, other_weights)
+
+
 def test_the_losses_and_gradients_are_the_heads_own() -> None:
     generator = torch.Generator().manual_seed(1)
     utterance = UtteranceLinear(3, {"a": "xyz", "b": "pq"}, width=4)

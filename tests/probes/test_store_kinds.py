@@ -166,7 +166,7 @@ def test_frames_past_the_end_would_change_the_mean(
     monkeypatch.setattr(
         store_extract,
         "_reduce",
-        lambda states, lengths, keeping: reduce(states, lengths * 0 + states.shape[2], keeping),
+        lambda states, lengths, frames, keeping: reduce(states, lengths * 0 + states.shape[2], frames, keeping),
     )
     wrong = built(None, toy.Upstream(), train, view="mean")
     assert max(float((wrong[name] - right[name]).norm() / right[name].norm()) for name in train.ids) > 1e-3
