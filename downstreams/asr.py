@@ -16,6 +16,7 @@ from superb_probe.downstreams.base import (
     LabelSet,
     Prediction,
     ProtocolSettings,
+    S3prlBatches,
     Score,
     Split,
     Task,
@@ -97,6 +98,7 @@ INFO = TaskInfo(
         "wer_with_lm": {"fbank": 15.21, "hubert_base": 4.79},
     },
     heads=("blstm_ctc", "linear"),
+    s3prl_batches=S3prlBatches("length_buckets"),
     notes=(
         (
             "Head option lm=FILE (ARPA or KenLM's binary form; pip install 'superb-probe[lm]') decodes the test split with a language "

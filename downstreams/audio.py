@@ -46,15 +46,29 @@ def read_header(path: Path) -> AudioHeader:
     Raises:
         RequestError: if the file is missing or not audio.
     """
+    with _opened(path) as file:
+        return AudioHeader(file.samplerate, file.channels, file.frames)
+
+
+def _opened(path: Path) -> soundfile.SoundFile:
     if not path.is_file():
         raise RequestError(f"{path}: no such audio file. Fix: put it there, or correct the manifest or --root.")
     try:
-        info = soundfile.info(str(path))
+        return soundfile.SoundFile(str(path))
     except soundfile.LibsndfileError as error:
         raise RequestError(
             f"{path}: cannot be read as audio ({error.error_string}). Fix: convert it to FLAC or WAV."
         ) from error
-    return AudioHeader(info.samplerate, info.channels, info.frames)
+
+
+def _decoded(file: soundfile.SoundFile, start: int, count: int, where: str) -> NDArray[np.float32]:
+    """So many samples, or as many as there are."""
+    try:
+        if start:
+            file.seek(start)
+        return file.read(count, dtype="float32")  # type: ignore[no-any-return]
+    except soundfile.LibsndfileError as error:
+        raise RequestError(f"{where}: cannot be decoded ({error.error_string}). Fix: replace the file.") from error
 
 
 def read_waveform(
@@ -82,17 +96,13 @@ def read_waveform(
     if waveform not in WAVEFORMS:
         raise RequestError(f"unknown waveform effects {waveform!r}. Fix: one of {', '.join(WAVEFORMS)}.")
     path = root / utterance.audio
-    header = read_header(path)
-    wrong = stretch_error(utterance, header, sample_rate_hz, resample=resample or waveform != "none")
-    if wrong is not None:
-        raise RequestError(f"{utterance.id} ({path}): {wrong[0]}. Fix: {wrong[1]}")
-    start, count = stretch_samples(utterance, header.sample_rate_hz)
-    try:
-        wav, _ = soundfile.read(str(path), frames=count, start=start, dtype="float32")
-    except soundfile.LibsndfileError as error:
-        raise RequestError(
-            f"{utterance.id} ({path}): cannot be decoded ({error.error_string}). Fix: replace the file."
-        ) from error
+    with _opened(path) as file:
+        header = AudioHeader(file.samplerate, file.channels, file.frames)
+        wrong = stretch_error(utterance, header, sample_rate_hz, resample=resample or waveform != "none")
+        if wrong is not None:
+            raise RequestError(f"{utterance.id} ({path}): {wrong[0]}. Fix: {wrong[1]}")
+        start, count = stretch_samples(utterance, header.sample_rate_hz)
+        wav = _decoded(file, start, count, f"{utterance.id} ({path})")
     if wav.shape != (count,) or not np.isfinite(wav).all():
         raise RequestError(
             f"{utterance.id} ({path}): {wav.shape[0]} of {count} samples could be decoded to finite values. "

@@ -84,6 +84,20 @@ class ProtocolSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class S3prlBatches:
+    """How s3prl puts the batches of a task together, which counts where states depend on the batch (`--padding s3prl`).
+
+    Attributes:
+        train: "shuffled"; "label_windows", as many neighbours in the order of label length; or "length_buckets", neighbours in the
+            order of audio length.
+        evaluation: utterances in a batch of dev and test, in the order of the manifest.
+    """
+
+    train: Literal["shuffled", "label_windows", "length_buckets"] = "shuffled"
+    evaluation: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class TaskInfo:
     """What must be known of a task before it is run.
 
@@ -109,6 +123,7 @@ class TaskInfo:
         heads: names of the heads `Task.head` builds, the default first; empty where there is one.
         notes: what a reader of the scores must know.
         resample: whether audio of another rate is converted (QbE: its corpus is published at 8 kHz) instead of refused.
+        s3prl_batches: which utterances hear each other's padding in s3prl.
     """
 
     name: str
@@ -132,6 +147,7 @@ class TaskInfo:
     heads: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     resample: bool = False
+    s3prl_batches: S3prlBatches = S3prlBatches()
 
 
 @dataclass(frozen=True, slots=True)

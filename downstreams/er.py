@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from superb_probe.downstreams.base import Budget, Fold, ProtocolSettings, Task, TaskInfo
+from superb_probe.downstreams.base import Budget, Fold, ProtocolSettings, S3prlBatches, Task, TaskInfo
 from superb_probe.downstreams.classification import HEADS, MEAN_NOTE, SMALL_HEADS, Classification
 from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.downstreams.mini import check_folder
@@ -62,6 +62,7 @@ INFO = TaskInfo(
         "accuracy": {"fbank_no_cmvn": 48.24, "hubert_base": 64.92, "wavlm_large": 70.62},
     },
     heads=HEADS,
+    s3prl_batches=S3prlBatches(evaluation=4),
     notes=(MEAN_NOTE, "the score is the mean of the folds' test accuracies, each fold counted the same"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from superb_probe.downstreams.base import Budget, Fold, ProtocolSettings, Task, TaskInfo
+from superb_probe.downstreams.base import Budget, Fold, ProtocolSettings, S3prlBatches, Task, TaskInfo
 from superb_probe.downstreams.classification import HEADS, MEAN_NOTE, SMALL_HEADS, Classification
 from superb_probe.downstreams.support import COMMON_DEVIATIONS, SUPERB_CITATION, mini_fold
 
@@ -39,6 +39,7 @@ INFO = TaskInfo(
     citation=SUPERB_CITATION,
     published={"lr": 1e-4, "batch": 32, "updates": 200_000, "accuracy": {"fbank_no_cmvn": 9.65, "hubert_base": 98.34}},
     heads=HEADS,
+    s3prl_batches=S3prlBatches(evaluation=32),
     notes=(MEAN_NOTE,),
 )
 

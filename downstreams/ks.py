@@ -12,6 +12,7 @@ from superb_probe.downstreams.base import (
     LabelSet,
     Prediction,
     ProtocolSettings,
+    S3prlBatches,
     Score,
     Split,
     Task,
@@ -75,6 +76,7 @@ INFO = TaskInfo(
         "accuracy": {"fbank_no_cmvn": 41.38, "hubert_base": 96.30, "wavlm_large": 97.86},
     },
     heads=HEADS,
+    s3prl_batches=S3prlBatches(evaluation=32),
     notes=(
         MEAN_NOTE,
         "training draws the classes equally often, with replacement; what selects on dev is the mean of the classes' accuracies",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import overload
@@ -256,13 +257,28 @@ def expand_columns(wanted: str, columns: Sequence[str]) -> list[str]:
 
 def audio_digest(manifest: Manifest) -> str:
     """The sha256 over the sha256 of every audio file's bytes, in the order of the file: tells changed audio under the same names."""
-    seen: dict[str, bytes] = {}
+    keys = {audio: _file_key(manifest.root / audio) for audio in dict.fromkeys(u.audio for u in manifest)}
+    missing = [key for key in keys.values() if key not in _digests]
+    with ThreadPoolExecutor() as pool:
+        for found in pool.map(_hash_files, [missing[n : n + 64] for n in range(0, len(missing), 64)]):
+            _digests.update(found)
     total = hashlib.sha256()
     for utterance in manifest:
-        if utterance.audio not in seen:
-            seen[utterance.audio] = hashlib.sha256((manifest.root / utterance.audio).read_bytes()).digest()
-        total.update(seen[utterance.audio])
+        total.update(_digests[keys[utterance.audio]])
     return "sha256:" + total.hexdigest()
+
+
+_FileKey = tuple[str, int, int, int]
+_digests: dict[_FileKey, bytes] = {}  # of files read before: several stores and records ask for the same
+
+
+def _file_key(path: Path) -> _FileKey:
+    about = path.stat()
+    return str(path), about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def _hash_files(keys: Sequence[_FileKey]) -> dict[_FileKey, bytes]:
+    return {key: hashlib.sha256(Path(key[0]).read_bytes()).digest() for key in keys}
 
 
 def resampled_files(manifest: Manifest, sample_rate_hz: int = SAMPLE_RATE_HZ) -> list[str]:

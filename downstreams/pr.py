@@ -16,6 +16,7 @@ from superb_probe.downstreams.base import (
     LabelSet,
     Prediction,
     ProtocolSettings,
+    S3prlBatches,
     Score,
     Split,
     Task,
@@ -71,6 +72,7 @@ INFO = TaskInfo(
     license="LibriSpeech: CC BY 4.0",
     citation=SUPERB_CITATION,
     published={"lr": 1e-2, "batch": "16 x 2", "updates": 100_000, "per": {"fbank": 82.01, "hubert_base": 5.41}},
+    s3prl_batches=S3prlBatches("label_windows"),
 )
 
 

@@ -144,20 +144,25 @@ class QueryByExample(Task):
         """Maximum term-weighted value in percent, from the scores (documents,) of every query.
 
         Scores are standardised over the documents of each query, as s3prl does. Items are queries: what each accepts, at every
-        threshold that may be the best. `extra` has the value at the threshold chosen on dev ("atwv") and at s3prl's two
-        standard deviations ("twv_yes"), and mean average precision in percent, which no threshold enters ("map").
+        threshold that may be the best, and its scores, in the order of the documents that the first row names. `extra` has the
+        value at the threshold chosen on dev ("atwv") and at s3prl's two standard deviations ("twv_yes"), and mean average precision
+        in percent, which no threshold enters ("map").
         """
         manifest = fold.manifests[split]
         queries = manifest.keep([u.id for u in manifest if u.labels["role"] == QUERY])
         check_predictions("qbe", predictions, queries)
-        documents = [u.id for u in manifest if u.labels["role"] == DOCUMENT]
-        truths, scores = [], []
-        for query in queries:
-            inside = set(occurrences(query))
-            truths.append(np.array([name in inside for name in documents], dtype=np.int64))
-            scores.append(standard_scores(predictions[query.id], len(documents), query.id))
+        count = manifest.labels("role").count(DOCUMENT)
+        scores = {query.id: standard_scores(predictions[query.id], count, query.id) for query in queries}
         if fold.protocol != "strict":
-            scores = [each.round(PUBLISHED_DECIMALS) for each in scores]
+            scores = {name: each.round(PUBLISHED_DECIMALS) for name, each in scores.items()}
+        return self.score_standard(scores, manifest)
+
+    def score_standard(self, standard: Mapping[str, NDArray[np.float64]], manifest: Manifest) -> Score:
+        """The score of standard scores by query, in the order of the manifest's documents."""
+        queries = manifest.keep([u.id for u in manifest if u.labels["role"] == QUERY])
+        documents = [u.id for u in manifest if u.labels["role"] == DOCUMENT]
+        truths = [np.isin(documents, occurrences(query)).astype(np.int64) for query in queries]
+        scores = [standard[query.id] for query in queries]
         thresholds, hits, false_alarms = detection_counts(truths, scores)
         items: dict[str, Any] = {
             "id": list(queries.ids),
@@ -166,6 +171,8 @@ class QueryByExample(Task):
             "others": [int((1 - truth).sum()) for truth in truths],
             "hits": [_text(row) for row in hits],
             "false_alarms": [_text(row) for row in false_alarms],
+            "scores": [" ".join(f"{score:.{PUBLISHED_DECIMALS}f}" for score in each) for each in scores],
+            "documents": [" ".join(documents), *[""] * (len(queries) - 1)],  # the same for every query
         }
         values = term_weighted_values(hits, false_alarms, items["targets"], items["others"])
         best = int(values.argmax())

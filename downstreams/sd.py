@@ -56,7 +56,8 @@ CHUNK_S = 40.0  # 2000 label frames of 20 ms
 LEAST_REST_S = 0.5  # a shorter rest stays with the chunk before it
 MAX_SPEAKERS = 5  # the loss tries every order of speakers
 MAX_GRID_DIFFERENCE = 5  # frames
-SETTINGS = tuple(product((0.3, 0.4, 0.5, 0.6, 0.7), (1, 11)))  # threshold, median filter in frames
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+SETTINGS = tuple(product(THRESHOLDS, (1, 11)))  # threshold, median filter in frames
 PLAIN = (0.5, 1)
 DEVIATIONS = (
     *COMMON_DEVIATIONS,
@@ -200,7 +201,7 @@ class SpeakerDiarization(Task):
 
         Under `strict` the best of ten settings (threshold, median filter) on dev is used on test; the other protocols take the
         best on test. Items are recordings: seconds missed, falsely said and confused, and the turns that were found, as
-        "start length speaker".
+        "start length speaker", and how many of the five thresholds each frame's probability is above (`levels_text`).
         """
         manifest = fold.manifests[split]
         check_predictions("sd", predictions, manifest)
@@ -219,6 +220,9 @@ class SpeakerDiarization(Task):
                 best = value, items, {"threshold": threshold, "median": float(median)}
         assert best is not None
         value, items, setting = best
+        items["levels"] = [
+            levels_text(np.concatenate([logits[chunk.id] for chunk in chunks])) for chunks in recordings.values()
+        ]
         speech = total(items, "speech_s")
         rates = {name: 100.0 * total(items, f"{name}_s") / speech for name in ("miss", "false_alarm", "confusion")}
         right = [
@@ -286,6 +290,23 @@ def rttm_of_items(items: Mapping[str, Sequence[Any]]) -> str:
         turns = [Turn(float(start), float(start) + float(length), speaker) for start, length, speaker in found]
         lines.append(rttm_lines(name, turns, decimals=2))
     return "".join(lines)
+
+
+def levels_text(logits: NDArray[Any]) -> str:
+    """How many thresholds the probabilities (T, C) are above, as runs "level x frames", one speaker after the other.
+
+    All that any of the ten settings asks of a probability, in a few characters a turn: what the site needs to score them all.
+
+    >>> levels_text(np.array([[-9.0, 9.0], [-9.0, 9.0], [0.1, 9.0]]))
+    '0x2 3x1; 5x3'
+    """
+    levels = sum((decide(logits, threshold, 1).astype(int) for threshold in THRESHOLDS), np.zeros(logits.shape, int))
+    speakers = []
+    for row in levels.T:
+        starts = np.flatnonzero(np.diff(row, prepend=-1))
+        lengths = np.diff(starts, append=len(row))
+        speakers.append(" ".join(f"{row[start]}x{length}" for start, length in zip(starts, lengths, strict=True)))
+    return "; ".join(speakers)
 
 
 def labelled_turns(utterance: Utterance, root: Path) -> list[Turn]:

@@ -18,6 +18,7 @@ from superb_probe.downstreams.base import (
     LabelSet,
     Prediction,
     ProtocolSettings,
+    S3prlBatches,
     Score,
     Split,
     Task,
@@ -85,6 +86,7 @@ INFO = TaskInfo(
         "slot_type_f1": {"fbank": 69.64, "hubert_base": 88.53},
         "slot_value_cer": {"fbank": 52.94, "hubert_base": 25.20},
     },
+    s3prl_batches=S3prlBatches("label_windows"),
 )
 
 
@@ -150,16 +152,19 @@ class SlotFilling(Task):
         check_predictions("sf", predictions, manifest)
         references = [decode(encode(u.labels["text"], u.labels["iob"])) for u in manifest]
         hypotheses = [decode(predictions[name]) for name in manifest.ids]
+        return self.score_texts({"id": list(manifest.ids), "cluster": clusters(manifest)}, references, hypotheses)
+
+    def score_texts(self, names: Mapping[str, Any], references: Sequence[str], hypotheses: Sequence[str]) -> Score:
+        """The score of texts with tags; `names` are the columns that say which utterances they are."""
         items: dict[str, Any] = {
-            "id": list(manifest.ids),
-            "cluster": clusters(manifest),
+            **names,
             "f1": np.array([slot_type_f1([r], [h]) for r, h in zip(references, hypotheses, strict=True)]),
         }
         for unit, cut in (("character", list), ("word", str.split)):
             counts = [slot_value_pairs(r, h, cut) for r, h in zip(references, hypotheses, strict=True)]
             items[f"value_{unit}_edits"] = [edits for edits, _ in counts]
             items[f"value_{unit}s"] = [length for _, length in counts]
-        items["reference"], items["hypothesis"] = references, hypotheses
+        items["reference"], items["hypothesis"] = list(references), list(hypotheses)
         extra = {
             "slot_value_cer": rate(items, "value_character_edits", "value_characters"),
             "slot_value_wer": rate(items, "value_word_edits", "value_words"),

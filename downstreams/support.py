@@ -20,11 +20,13 @@ SUPERB_CITATION = (
 )
 
 # What still differs from s3prl's code in every task trained here.
+STATES_ALONE = (
+    "states are computed for each utterance alone: s3prl's training batches are padded before the encoder, whose group "
+    "normalisation hears the padding"
+)
+PADDED_STATES = "states of s3prl's padded batches: an utterance's depend on the batch it is in (--padding s3prl)"
 COMMON_DEVIATIONS = (
-    (
-        "states are computed for each utterance alone: s3prl's training batches are padded before the encoder, whose group "
-        "normalisation hears the padding"
-    ),
+    STATES_ALONE,
     "random draws (initial values, order, dropout) come from this project's generators",
 )
 

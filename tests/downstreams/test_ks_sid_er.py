@@ -267,3 +267,36 @@ def test_one_manifest_with_sessions_is_cross_validated(mini_like, tmp_path):
         load_folds(task, manifests={"train": mini_like / "styles.1.tsv"}, root=mini_like)
     with pytest.raises(RequestError, match="lacks test, dev"):
         load_folds(load_task("sid"), manifests={"train": tmp_path / "all.tsv"}, root=mini_like)
+
+
+def waveforms_encoded(task: str, out: Path, **options) -> tuple[int, int]:
+    """Records of a sweep of five rates and five seeds, and how many waveforms a hook on the encoder saw."""
+    encoder, seen = superb_probe.load_upstream("mamba_hubert", size="test", random=0), []
+    encoder.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    rates = [10.0**-power for power in range(1, 6)]
+    shared = {"steps": 5, "limit": 20, "budget": "small", "device": "cpu", "out": out}
+    records = superb_probe.run(encoder, task, lr=rates, seed=[1, 2, 3, 4, 5], **shared, **options)
+    assert all(record.status == "finished" for record in records)
+    return len(records), sum(seen)
+
+
+@pytest.mark.parametrize(("task", "trials"), [("ks", 25), ("sid", 25), ("er", 125)])
+def test_five_rates_and_five_seeds_are_one_pass_of_the_encoder(task, trials, tmp_path):
+    distinct = (
+        60
+        if task != "er"
+        else len(
+            {
+                each.audio
+                for fold in load_folds(load_task("er"))
+                for part in fold.manifests.values()
+                for each in part[:20]
+            }
+        )
+    )
+    assert waveforms_encoded(task, tmp_path) == (trials, distinct)
+
+
+def test_encoding_anew_at_every_update_is_more_than_a_pass(tmp_path):
+    """The mutant: the same sweep on states that are kept nowhere."""
+    assert waveforms_encoded("ks", tmp_path, states="stream")[1] > 1.5 * 60
