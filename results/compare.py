@@ -37,7 +37,7 @@ RATIOS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "wer": (("edits",), "words"),
     "per": (("edits",), "phones"),
     "der": (("miss_s", "false_alarm_s", "confusion_s"), "speech_s"),
-    "slot_type_f1": (("slot_type_f1",), None),
+    "slot_type_f1": (("f1",), None),
 }
 
 
@@ -333,18 +333,16 @@ def _effect(metric: str, a: float, b: float) -> dict[str, float]:
     return {"relative_change_percent": 100 * (b - a) / a} if a else {}
 
 
+_TEXTS = ("id", "cluster", "cluster_a", "cluster_b", "reference", "hypothesis", "hits", "false_alarms", "scores")
+
+
 def numbers(columns: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
     """Item columns as they were before they became text: columns of which every entry is a number are numbers.
 
     >>> numbers({"id": ["a", "b"], "correct": ["1", "0"], "score": ["0.5", "1e-3"]})
     {'id': ['a', 'b'], 'correct': [1, 0], 'score': [0.5, 0.001]}
     """
-    return {
-        name: list(column)
-        if name in ("id", "cluster", "cluster_a", "cluster_b", "reference", "hypothesis")
-        else _parsed(column)
-        for name, column in columns.items()
-    }
+    return {name: list(column) if name in _TEXTS else _parsed(column) for name, column in columns.items()}
 
 
 def _parsed(column: Sequence[str]) -> list[Any]:

@@ -24,6 +24,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">")
 _DASHES = ("-", "--", "-.", ":")
 DPI = 300
+COST_WIDTH = 6.4
 KINDS = ("scores", "radar", "heatmap", "layers", "rates", "cost")
 Drawing = tuple[Any, pd.DataFrame]
 
@@ -129,6 +130,19 @@ def _look(number: int) -> dict[str, Any]:
     }
 
 
+def _legend_columns(names: Iterable[str], width: float) -> int:
+    """As many columns of a legend, three at most, as fit across a figure of `width` inches; letters are some 0.075 inches wide."""
+    widest = max(map(len, names), default=1)
+    return max(1, min(3, int(width / (0.5 + 0.075 * widest))))
+
+
+def _legend(figure: Any, handles: Mapping[str, Any]) -> None:
+    """The names below the axes."""
+    columns = _legend_columns(handles, figure.get_size_inches()[0])
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 8}
+    figure.legend(list(handles.values()), list(handles), **place)
+
+
 def _label(line: Line) -> str:
     return line.name + (" (random)" if line.weights == "random" else "")
 
@@ -192,10 +206,11 @@ def _radar(board: Board) -> Drawing | None:
     figure = _new(7.2, 5.6 + 0.18 * len(lines))
     axes = figure.add_subplot(projection="polar")
     angles = [2 * math.pi * i / len(board.columns) for i in range(len(board.columns))]
+    handles: dict[str, Any] = {}
     for number, line in enumerate(lines):
         reach = [0.2 + 0.8 * _position(cell.value, ends[i]) for i, cell in enumerate(line.cells) if cell is not None]
-        axes.plot(
-            [*angles, angles[0]], [*reach, reach[0]], label=_label(line), linewidth=1.6, markersize=4, **_look(number)
+        (handles[_label(line)],) = axes.plot(
+            [*angles, angles[0]], [*reach, reach[0]], linewidth=1.6, markersize=4, **_look(number)
         )
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
@@ -206,11 +221,10 @@ def _radar(board: Board) -> Drawing | None:
         label.set_horizontalalignment(
             "center" if abs(math.sin(angle)) < 0.1 else "left" if angle < math.pi else "right"
         )
-    axes.set_yticks([0.2, 0.6, 1.0], ["worst", "", "best"], fontsize=7, color="#555555")
+    axes.set_yticks([0.2, 0.6, 1.0], [])
     axes.set_ylim(0, 1.02)
-    axes.set_rlabel_position(180 / len(board.columns))
     figure.suptitle(f"{board.title}\nrim: the best of these rows on each axis; inner ring: the worst")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _legend(figure, handles)
     return figure, _numbers(board, lines, ends)
 
 
@@ -229,7 +243,7 @@ def _heatmap(board: Board) -> Drawing | None:
             if cell is None:
                 axes.text(x, y, "–", ha="center", va="center", color="#555555")
             else:
-                color = "black" if grid[y][x] > 0.55 else "white"
+                color = _readable(image.cmap(grid[y][x]))
                 axes.text(x, y, f"{cell.value:.1f}", ha="center", va="center", color=color, fontsize=8)
     heads = [
         f"{task_name(column.task)}\n{metric_name(column.metric)} {'↑' if column.higher_is_better else '↓'}"
@@ -246,6 +260,17 @@ def _heatmap(board: Board) -> Drawing | None:
     units = sorted({"%" if column.unit == "percent" else column.unit for column in board.columns})
     figure.suptitle(f"{board.title}\nscores in {' and '.join(units)}; arrows point to the better")
     return figure, _numbers(board, board.lines, ends)
+
+
+def _readable(behind: tuple[float, float, float, float]) -> str:
+    """Black or white, whichever stands out more (WCAG 2.2, relative luminance).
+
+    >>> _readable((1.0, 1.0, 0.0, 1.0)), _readable((0.0, 0.0, 0.4, 1.0))
+    ('black', 'white')
+    """
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in behind[:3]]
+    luminance = sum(part * v for part, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
 
 
 def _layers(board: Board, records: Mapping[str, RunRecord]) -> Drawing | None:
@@ -281,7 +306,7 @@ def _layers(board: Board, records: Mapping[str, RunRecord]) -> Drawing | None:
         axes.tick_params(length=0)
     for axes in grid[len(found) :]:
         axes.set_visible(False)
-    figure.colorbar(image, ax=list(grid), label="weight of the layer (a row sums to 1)", shrink=0.8)
+    figure.colorbar(image, ax=list(grid), label="weight of the layer (a row sums to 1)", shrink=0.8, aspect=40)
     figure.suptitle(f"Layer weights · {board.title}")
     numbers = [
         {"table": board.title, "upstream": _label(line), "task": task, "layer": layer, "weight": weight}
@@ -316,22 +341,7 @@ def _rates(board: Board, records: Sequence[RunRecord]) -> Drawing | None:
     handles: dict[str, Any] = {}
     for axes, (column, members) in zip(grid, panels, strict=False):
         for line, row, scores in members:
-            means = {lr: statistics.fmean(values) for lr, values in scores.items()}
-            spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in scores.values()]
-            look = looks[id(line)]
-            handles[_label(line)] = axes.errorbar(
-                list(means), list(means.values()), yerr=spread, linewidth=1.3, markersize=3.5, capsize=2, **look
-            )
-            chosen = float(row["lr"])
-            axes.plot(
-                [chosen],
-                [means[chosen]],
-                "o",
-                markersize=10,
-                fillstyle="none",
-                markeredgewidth=1.4,
-                color=look["color"],
-            )
+            handles[_label(line)] = _rate_curve(axes, scores, float(row["lr"]), looks[id(line)])
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel(f"dev {_axis(column)}")
@@ -340,7 +350,7 @@ def _rates(board: Board, records: Sequence[RunRecord]) -> Drawing | None:
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle(f"Dev scores by learning rate, mean ± sd over seeds; ring: chosen · {board.title}", wrap=True)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _legend(figure, handles)
     numbers = [
         {"table": board.title, "task": column.task, "metric": column.metric, "unit": column.unit, "upstream": _label(line), "lr": lr,
          "dev_mean": statistics.fmean(values), "dev_sd": statistics.stdev(values) if len(values) > 1 else math.nan,
@@ -350,6 +360,17 @@ def _rates(board: Board, records: Sequence[RunRecord]) -> Drawing | None:
         for lr, values in scores.items()
     ]  # fmt: skip
     return figure, pd.DataFrame(numbers)
+
+
+def _rate_curve(axes: Any, scores: Mapping[float, Sequence[float]], chosen: float, look: Mapping[str, Any]) -> Any:
+    """One line of mean and standard deviation over seeds, a ring around the chosen rate."""
+    means = {lr: statistics.fmean(values) for lr, values in scores.items()}
+    spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in scores.values()]
+    ring = {"markersize": 10, "fillstyle": "none", "markeredgewidth": 1.4, "color": look["color"]}
+    axes.plot([chosen], [means[chosen]], "o", **ring)
+    return axes.errorbar(
+        list(means), list(means.values()), yerr=spread, linewidth=1.3, markersize=3.5, capsize=2, **look
+    )
 
 
 _COST: dict[str, tuple[str, Callable[[Line], float | None]]] = {
@@ -369,48 +390,25 @@ def _cost(board: Board, cost: str) -> Drawing | None:
     """Score against cost; the line joins the rows that no other row beats in both."""
     if cost not in _COST:
         raise RequestError(f"unknown cost {cost!r}. Fix: one of {', '.join(_COST)}.")
-    import matplotlib.ticker
-
     label, value_of = _COST[cost]
-    if any(line.scores.get("superb_s site") is not None for line in board.lines):
-        over = board.score_tasks["superb_s site"]
-        title, higher = f"superb_s site over {len(over)} tasks (points, higher is better)", True
-        points = [(line, value_of(line), line.scores.get("superb_s site")) for line in board.lines]
-    else:
-        column = board.columns[0]
-        title, higher = f"{_axis(column)}, {_direction(column)}", column.higher_is_better
-        points = [(line, value_of(line), line.cells[0].value if line.cells[0] else None) for line in board.lines]
+    title, higher, scores = _cost_scores(board)
+    points = [(line, value_of(line), score) for line, score in zip(board.lines, scores, strict=True)]
     known = [(line, float(x), float(y)) for line, x, y in points if x is not None and y is not None]
     if not known:
         return None
-    more = cost == "time"
-    front = [entry for entry in known if not any(_beats(other[1:], entry[1:], more, higher) for other in known)]
-    figure = _new(6.4, 4.4)
+    front = [entry for entry in known if not any(_beats(o[1:], entry[1:], cost == "time", higher) for o in known)]
+    names = ["not beaten in both", *(_label(line) for line, _, _ in known)]
+    columns = _legend_columns(names, COST_WIDTH)
+    figure = _new(COST_WIDTH, 3.8 + 0.19 * math.ceil(len(names) / columns))
     axes = figure.add_subplot()
     ordered = sorted(front, key=lambda entry: entry[1])
-    axes.plot(
-        [x for _, x, _ in ordered],
-        [y for _, _, y in ordered],
-        color="#999999",
-        linewidth=1,
-        zorder=1,
-        label="not beaten in both",
+    (joined,) = axes.plot(
+        [x for _, x, _ in ordered], [y for _, _, y in ordered], color="#999999", linewidth=1, zorder=1
     )
+    handles = {names[0]: joined}
     for number, (line, x, y) in enumerate(known):
-        look = {**_look(number), "linestyle": "none"}
-        axes.plot([x], [y], markersize=7, label=_label(line), **look)
-    if all(x > 0 for _, x, _ in known):
-        axes.set_xscale("log")
-    else:
-        axes.set_xscale("symlog", linthresh=max(1e-3, min((x for _, x, _ in known if x > 0), default=1.0)))
-    ticker: Any = matplotlib.ticker
-    plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_major_formatter(plain)
-    if axes.get_xscale() == "log":
-        axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2.0, 5.0)))  # all nine run into each other
-    axes.xaxis.set_minor_formatter(
-        plain if max(x for _, x, _ in known) < 30 * min(x for _, x, _ in known) else ticker.NullFormatter()
-    )
+        (handles[_label(line)],) = axes.plot([x], [y], markersize=7, **{**_look(number), "linestyle": "none"})
+    _cost_scale(axes.xaxis, [x for _, x, _ in known])
     if not higher:
         axes.invert_yaxis()
     axes.set_xlabel(label)
@@ -418,21 +416,41 @@ def _cost(board: Board, cost: str) -> Drawing | None:
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     figure.suptitle(board.title, wrap=True)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _legend(figure, handles)
     members = {id(line) for line, _, _ in front}
     numbers = [
-        {
-            "table": board.title,
-            "upstream": _label(line),
-            "cost": cost,
-            "cost_value": x,
-            "score": title,
-            "score_value": y,
-            "front": id(line) in members,
-        }
+        {"table": board.title, "upstream": _label(line), "cost": cost, "cost_value": x, "score": title.replace("\n", " "),
+         "score_value": y, "front": id(line) in members}
         for line, x, y in known
-    ]
+    ]  # fmt: skip
     return figure, pd.DataFrame(numbers)
+
+
+def _cost_scores(board: Board) -> tuple[str, bool, list[float | None]]:
+    """What stands on the upright axis, whether more of it is better, and its value of each row."""
+    if any(line.scores.get("superb_s site") is not None for line in board.lines):
+        over = board.score_tasks["superb_s site"]
+        title = f"superb_s site over {len(over)} tasks\n(points, higher is better)"
+        return title, True, [line.scores.get("superb_s site") for line in board.lines]
+    column = board.columns[0]
+    values = [cell.value if (cell := line.cells[0]) else None for line in board.lines]
+    return f"{_axis(column)}, {_direction(column)}", column.higher_is_better, values
+
+
+def _cost_scale(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic scale with plain numbers: 1, 2 and 5 of each decade where there are few decades."""
+    import matplotlib.ticker
+
+    ticker: Any = matplotlib.ticker
+    least, most = min(values), max(values)
+    if least > 0:
+        axis.axes.set_xscale("log")
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if most < 30 * least else (1.0,)))
+    else:
+        positive = [value for value in values if value > 0]
+        axis.axes.set_xscale("symlog", linthresh=max(1e-3, min(positive, default=1.0)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float], more: bool, higher: bool) -> bool:

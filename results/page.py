@@ -30,6 +30,7 @@ _DETAIL = (
     ("dev score", "dev_score", True),
     ("dev slope / 1000 updates", "dev_slope", True),
     ("updates", "steps", True),
+    ("batch", "batch", True),
     ("protocol", "protocol", False),
     ("budget", "budget", False),
     ("control", "control", False),

@@ -183,7 +183,10 @@ def _edge_note(rows: Sequence[Mapping[Any, Any]]) -> str:
 
 
 def _metric(name: str) -> str:
-    return name.upper() if name in ("eer", "wer", "cer", "per", "der") else name.replace("_", " ")
+    """A metric in words: short names in capitals."""
+    if name in ("eer", "wer", "cer", "per", "der", "mtwv"):
+        return name.upper()
+    return name.replace("_", " ").replace(" f1", " F1").replace(" cer", " CER")
 
 
 def _unit(name: str) -> str:

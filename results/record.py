@@ -428,6 +428,8 @@ def scan_records(folders: Iterable[Path | str]) -> tuple[list[RunRecord], list[s
                 f"no folder {folder}. Fix: give the folder of run records (--runs), or run something first"
             )
         for path in sorted(folder.rglob("*.json")):
+            if path.name.endswith(".analysis.json"):  # results/analysis_record.py reads these
+                continue
             try:
                 record = read_record(path)
             except RequestError as error:

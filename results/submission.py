@@ -1,15 +1,21 @@
 """The prediction files that SUPERB's leaderboard takes, from the items of records.
 
 Names and lines are those of s3prl 0.4.18: its experts write the predictions, and `submit/submit.py` collects them as
-`predict/<task>_public/predict.*` (the site's public set takes prediction files only).
+`predict/<task>_public/...` (the site's public set takes prediction files only).
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
 
 from superb_probe.errors import RequestError, all_at_once
 from superb_probe.results.record import RunRecord, read_items, read_record
@@ -24,16 +30,18 @@ CORPORA = {
     "ic": "fluent_speech_commands",
     "er": "iemocap",
     "sf": "snips",
-}
-NOT_WRITTEN = {
-    "sd": "the site takes the posteriors of every frame (scoring/predictions/*.h5, frame_shift); a record's items hold turns",
-    "qbe": "the site takes benchmark.stdlist.xml; how its scores are to be normalised is not stated in the reference we follow",
+    "sd": "libri2mix",
+    "qbe": "quesst14",
 }
 PARTS = (
-    "pr_public", "asr_public", "asr_lm_public", "ks_public", "sid_public", "sv_public", "ic_public", "sf_public",
-    *(f"er_fold{number}_public" for number in range(1, 6)),
+    "pr_public", "asr_public", "asr_lm_public", "ks_public", "sid_public", "sv_public", "ic_public", "sf_public", "sd_public",
+    "qbe_public", *(f"er_fold{number}_public" for number in range(1, 6)),
 )  # fmt: skip
 SLOTS = ("action", "object", "location")
+# between the thresholds that the site tries on SD's posteriors (0.3 to 0.7): one for every level that a record's items name
+POSTERIORS = (0.15, 0.35, 0.45, 0.55, 0.65, 0.85)
+YES_ABOVE = 2.0  # s3prl's decision in QbE; the site's score asks the scores only
+Files = Mapping[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class Submission:
 
 
 def write_submission(records: Sequence[Path], out: Path) -> Submission:
-    """Write `out/predict/<part>/predict.*` and `out/predict.zip`.
+    """Write `out/predict/<part>/...` and `out/predict.zip`.
 
     Args:
         records: the `.json` files, their items beside them: one for each part of the site.
@@ -62,40 +70,50 @@ def write_submission(records: Sequence[Path], out: Path) -> Submission:
         RequestError: with everything wrong in the records; nothing is written then.
     """
     problems: list[str] = []
-    files: dict[str, tuple[str, list[str]]] = {}
+    parts: dict[str, tuple[int, Files]] = {}
     if (out / "predict").exists() or (out / "predict.zip").exists():
         problems.append(f"{out} has a submission already")
     for path in records:
         try:
-            part, name, lines = _part(Path(path))
+            part, count, files = _part(Path(path))
         except RequestError as error:
             problems.append(str(error))
             continue
-        if part in files:
+        if part in parts:
             problems.append(f"{path}: a second record of {part}")
-        files[part] = (name, lines)
+        parts[part] = (count, files)
     if problems:
         raise all_at_once(
             "submit", problems, "give one finished record of each task on its published corpus, and an empty --out"
         )
-    for part, (name, lines) in files.items():
-        (out / "predict" / part).mkdir(parents=True)
-        (out / "predict" / part / name).write_text(
-            "".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n"
-        )
+    out.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(out / "predict.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for part, (name, _) in sorted(files.items()):
-            archive.write(out / "predict" / part / name, f"predict/{part}/{name}")
-    counts = {part: len(lines) for part, (_, lines) in sorted(files.items())}
-    return Submission(out / "predict.zip", counts, tuple(part for part in PARTS if part not in files))
+        for part, (_, files) in sorted(parts.items()):
+            for name, content in files.items():
+                path = out / "predict" / part / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                archive.write(path, f"predict/{part}/{name}")
+    counts = {part: count for part, (count, _) in sorted(parts.items())}
+    return Submission(out / "predict.zip", counts, tuple(part for part in PARTS if part not in parts))
 
 
-def _part(path: Path) -> tuple[str, str, list[str]]:
-    """The site's name of a record's part, its file's name and its lines."""
+def hdf5(what: str) -> Any:
+    """The module h5py, which reads and writes the files of SD's posteriors.
+
+    Raises:
+        RequestError: where it is not installed.
+    """
+    try:
+        return importlib.import_module("h5py")
+    except ImportError as error:
+        raise RequestError(f"{what} are HDF5 files: {error}. Fix: pip install 'superb-probe[hdf5]'") from error
+
+
+def _part(path: Path) -> tuple[str, int, Files]:
+    """The site's name of a record's part, its items and its files."""
     record = read_record(path)
     task = record.task.name
-    if task in NOT_WRITTEN:
-        raise RequestError(f"{path}: {task}: {NOT_WRITTEN[task]}")
     if task not in CORPORA:
         raise RequestError(f"{path}: {task} is no task of the site")
     if record.status != "finished" or record.probe.control is not None:
@@ -107,7 +125,12 @@ def _part(path: Path) -> tuple[str, str, list[str]]:
     if expected != found:
         raise RequestError(f"{path}: {found} items beside the record, which says {expected}: some are missing")
     try:
-        return _WRITERS[task](record, items)
+        if task == "sd":
+            return "sd_public", found, _posteriors(record, items)
+        if task == "qbe":
+            return "qbe_public", found, {"benchmark.stdlist.xml": _search(items)}
+        part, name, lines = _WRITERS[task](record, items)
+        return part, found, {name: "".join(f"{line}\n" for line in lines).encode()}
     except KeyError as error:
         raise RequestError(
             f"{path}: its items have no column {error}: it was written before predictions were kept. Fix: --overwrite always"
@@ -148,6 +171,44 @@ def _trials(record: RunRecord, items: Items) -> tuple[str, str, list[str]]:
         first, _, second = name.partition(" ")
         lines.append(f"{first.removesuffix('.wav')}_{second.removesuffix('.wav')} {score}")
     return "sv_public", "predict.txt", lines
+
+
+def _posteriors(record: RunRecord, items: Items) -> Files:
+    """SD's file of each recording, and the samples between its frames.
+
+    Items hold how many of the five thresholds a posterior is above. A value between the same two thresholds stands for it, so
+    that each of the ten settings the site tries decides the same of every frame.
+    """
+    h5py = hdf5("SD's posteriors")
+    files = {"frame_shift": f"{record.upstream.hop_samples}\n".encode()}
+    for name, text in zip(items["id"], items["levels"], strict=True):
+        speakers = []
+        for runs in text.split("; "):
+            levels = [run.split("x") for run in runs.split()]
+            speakers.append(np.repeat([POSTERIORS[int(level)] for level, _ in levels], [int(n) for _, n in levels]))
+        buffer = io.BytesIO()
+        with h5py.File(buffer, "w", track_order=False) as file:
+            file.create_dataset("T_hat", data=np.stack(speakers, axis=1).astype(np.float32), track_times=False)
+        files[f"scoring/predictions/{name}.h5"] = buffer.getvalue()
+    return files
+
+
+def _search(items: Items) -> bytes:
+    """QbE's list of detected terms: the standard score of every document for every query, four decimals, as s3prl writes it."""
+    documents = items["documents"][0].split()
+    attributes = {"termlist_filename": "benchmark.stdlist.xml", "indexing_time": "1.00", "language": "english"}
+    root = ElementTree.Element("stdlist", {**attributes, "index_size": "1", "system_id": "benchmark"})
+    for query, text in zip(items["id"], items["scores"], strict=True):
+        listed = ElementTree.SubElement(
+            root, "detected_termlist", {"termid": query, "term_search_time": "1.0", "oov_term_count": "1"}
+        )
+        for document, score in zip(documents, text.split(), strict=True):
+            place = {"file": document, "channel": "1", "tbeg": "0.000", "dur": "0.00"}
+            decision = "YES" if float(score) > YES_ABOVE else "NO"
+            ElementTree.SubElement(listed, "term", {**place, "score": score, "decision": decision})
+    ElementTree.indent(root)
+    text: bytes = ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True)
+    return text + b"\n"
 
 
 COLUMN = {"ks": "keyword", "sid": "speaker", "er": "emotion"}

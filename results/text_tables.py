@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from string import ascii_lowercase
 
 from superb_probe.results.boards import Board, Cell, Column, Line
 from superb_probe.results.page import short_count
@@ -42,11 +43,11 @@ def latex(boards: Sequence[Board]) -> str:
         )
         lines = [
             r"\begin{table*}",
-            r"\centering\footnotesize",
+            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
             rf"\caption{{{'Published: ' if board.published else ''}{_tex(board.title)}. {notes}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
             r"\toprule",
-            " & ".join(head) + r" \\",
+            " & ".join([head[0], *map(_tex_two_lines, head[1:])]) + r" \\",
             r"\midrule",
             *(" & ".join(row) + r" \\" for row in rows),
             r"\bottomrule",
@@ -118,7 +119,19 @@ def _tex_cell(cell: Cell | None, column: Column, board: Board, index: int) -> st
         return "--"
     text = _marked(cell, board, index, r"\textbf{{{}}}", r"\underline{{{}}}")
     text += "$^{*}$" if cell.row is not None and cell.row["edge"] == "edge" else ""
-    return text if cell.low is None else rf"{text} {{\tiny [{cell.low:.2f}, {cell.high:.2f}]}}"
+    if cell.low is None:
+        return text
+    return rf"\shortstack[r]{{{text}\\{{\tiny [{cell.low:.2f}, {cell.high:.2f}]}}}}"  # one below the other: ten tasks fit a page
+
+
+def _tex_two_lines(head: str) -> str:
+    r"""A heading, the task above its metric.
+
+    >>> print(_tex_two_lines("ASV EER"))
+    \shortstack[r]{ASV\\EER}
+    """
+    first, space, rest = head.partition(" ")
+    return rf"\shortstack[r]{{{first}\\{rest}}}" if space else head
 
 
 def bibtex(citations: Mapping[str, str]) -> str:
@@ -138,12 +151,15 @@ def bibtex(citations: Mapping[str, str]) -> str:
         if text.strip():
             users.setdefault(text.strip(), []).append(name)
     entries = []
+    taken: set[str] = set()
     for text, names in sorted(users.items()):
         if text.startswith("@"):
             entries.append(f"% {', '.join(names)}\n{text}")
             continue
         number = re.search(r"arXiv[: ]*(\d{4}\.\d{4,5})", text, re.IGNORECASE)
         key = f"arxiv{number[1].replace('.', '')}" if number else re.sub(r"\W+", "", names[0])
+        key = next(each for each in (key, *(f"{key}{letter}" for letter in ascii_lowercase)) if each not in taken)
+        taken.add(key)
         entries.append(f"@misc{{{key},\n  note = {{{text}}},\n  annote = {{{', '.join(names)}}}\n}}")
     missing = sorted(name for name, text in citations.items() if not text.strip())
     if missing:

@@ -152,7 +152,7 @@ def test_a_record_marked_imported_whose_head_agrees_here(made: Made, tmp_path: P
 
 def test_classes_in_another_order_are_noticed(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant: rows of the last layer as they stand in s3prl's file."""
-    monkeypatch.setattr(s3prl_import, "_our_order", lambda experiment, task, head, labels: dict(head.state_dict()))
+    monkeypatch.setattr(s3prl_import, "_our_order", lambda experiment, task, head, *rest: dict(head.state_dict()))
     assert s3prl_import.read_experiment(made.folder).task == "ic"
     items = verification.load_probe(made.take(tmp_path / "a").path, verification.Data(made.root, made.manifests))
     monkeypatch.undo()
@@ -212,7 +212,7 @@ def change(made: Made, part: str, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("part", "values", "told"),
     [
-        ("Args", {"downstream": "diarization"}, "cannot be imported"),
+        ("Args", {"downstream": "separation_stft"}, "cannot be imported"),
         ("Args", {"upstream_trainable": True}, "fine-tuned"),
         ("Downstream", {"model.extra": torch.zeros(1)}, "model.extra|extra"),
         ("Featurizer", {"weights": torch.zeros(4)}, "reads 4 layers of width 48"),
@@ -255,7 +255,8 @@ def test_no_checkpoint_names_those_that_are_there(copy: Made, tmp_path: Path) ->
 
 def test_scores_of_arks_and_trials(tmp_path: Path) -> None:
     """PR, ASR and ASV keep no log: their scores are those of the prediction files."""
-    from superb_probe.s3prl_experiment import Experiment, stored_score
+    from superb_probe.s3prl_experiment import Experiment
+    from superb_probe.s3prl_scores import stored_score
 
     def experiment(task: str) -> Experiment:
         config = {"downstream_expert": {"datarc": {}}}

@@ -109,3 +109,12 @@ def test_equal_is_not_nearly_equal() -> None:
     assert verification._finding("x", 5.0, 5.01, (4.0, 6.0)).verdict == "within the interval"
     assert verification._finding("x", 5.0, 5.01, None).verdict == "different"
     assert verification._finding("x", 5.0, 7.0, (4.0, 6.0)).verdict == "different"
+
+
+def test_the_same_head_is_trained_again(tmp_path: Path) -> None:
+    """Mutant: without the record's own head options, retraining makes another probe."""
+    given: dict[str, Any] = {"lr": [0.01], "steps": 20, "out": tmp_path, "device": "cpu"}
+    (record,) = run("fbank_no_cmvn", "synthetic_sid", head_option={"width": 2}, **given)
+    path = record_path(tmp_path, record.task.name, record.upstream.name, record.run_id)
+    assert record.probe.head_options["width"] == 2
+    assert verdicts(path, retrain=True)["test score of a probe trained again"] == "equal"

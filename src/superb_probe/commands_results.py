@@ -60,7 +60,7 @@ def _add_plot(subparsers: Any) -> None:
         "plot",
         help="pictures of all records",
         description="Pictures of all records, PNG and SVG, with the numbers as CSV beside them:\n"
-        "  scores   scores with their 95 %% intervals, a panel a task\n"
+        "  scores   scores with their 95 % intervals, a panel a task\n"
         "  radar    tasks around a circle\n"
         "  heatmap  upstreams by tasks\n"
         "  layers   what each task reads from which layer\n"
@@ -112,7 +112,8 @@ def _add_verify(subparsers: Any) -> None:
     verify.add_argument("record", type=Path, metavar="RECORD", help="the .json file")
     verify.add_argument("--retrain", action="store_true", help="train the probe again as well")
     verify.add_argument("--checkpoint", type=Path, metavar="FILE", help="the encoder's weights")
-    verify.add_argument("--root", type=Path, metavar="DIR", help="the corpus folder; default: the embedded corpus")
+    verify.add_argument("--data", nargs="+", default=[], metavar="NAME=DIR", help="the corpus, as for run")
+    verify.add_argument("--root", type=Path, metavar="DIR", help="what the manifests' audio is relative to, as for run")
     verify.add_argument("--manifest", nargs="+", default=[], metavar="SPLIT=TSV", help="your own data, as for run")
     verify.add_argument("--json", action="store_true", help="one JSON document on stdout")
     verify.set_defaults(handler=write_verification)
@@ -343,18 +344,29 @@ def write_verification(args: argparse.Namespace) -> int:
     """Verify a record; 1 when something is different."""
     import dataclasses
 
-    from superb_probe.verification import Data, verify
+    from superb_probe.verification import verify
 
-    wrong = [entry for entry in args.manifest if "=" not in entry]
-    if wrong:
-        raise RequestError(f"--manifest {' '.join(wrong)}: expected SPLIT=FILE, e.g. test=test.tsv")
-    manifest = {split: Path(file) for split, _, file in (entry.partition("=") for entry in args.manifest)}
     with stdout_to_stderr(args.json):
-        findings = verify(
-            args.record, checkpoint=args.checkpoint, data=Data(args.root, manifest or None), retrain=args.retrain
-        )
+        findings = verify(args.record, checkpoint=args.checkpoint, data=_verification_data(args), retrain=args.retrain)
     if args.json:
         print_json({"record": str(args.record), "findings": [dataclasses.asdict(each) for each in findings]})
     else:
         print(table(("what", "verdict", "detail"), [(each.what, each.verdict, each.detail) for each in findings]))
     return 1 if any(each.verdict == "different" for each in findings) else 0
+
+
+def _verification_data(args: argparse.Namespace) -> Any:
+    """Where the record's data are, from --data, or --root and --manifest."""
+    from superb_probe.downstreams.corpora import choose_data
+    from superb_probe.results.record import read_record
+    from superb_probe.verification import Data
+
+    wrong = [entry for entry in (*args.manifest, *args.data) if "=" not in entry]
+    if wrong:
+        raise RequestError(f"{' '.join(wrong)}: expected SPLIT=FILE, e.g. test=test.tsv, or NAME=DIR")
+    pairs = {name: Path(path) for name, _, path in (entry.partition("=") for entry in args.data)}
+    if pairs:
+        _, folder, extras = choose_data(read_record(args.record).task.name, pairs)
+        return Data(folder, None, extras)
+    manifest = {split: Path(file) for split, _, file in (entry.partition("=") for entry in args.manifest)}
+    return Data(args.root, manifest or None)

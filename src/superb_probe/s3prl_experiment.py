@@ -1,30 +1,28 @@
 """An experiment folder of s3prl 0.4.18, read without s3prl and without running anything a file names.
 
-What `run_downstream.py` leaves: checkpoints with the keys Args, Config, Step, Featurizer and Downstream, `log.log` for the tasks of
-utterances, and the predictions and truths of the last evaluation of each split.
+What `run_downstream.py` leaves: checkpoints with the keys Args, Config, Step, Featurizer and Downstream, and what
+`s3prl_scores.py` reads scores from. QbE, which trains nothing, leaves a folder for each evaluation of a layer on a split.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import yaml
 from torch import Tensor
 
-from superb_probe.downstreams.base import LabelSet, Score, Task
-from superb_probe.downstreams.load import load_task
+from superb_probe.downstreams.base import LabelSet, Split, Task
 from superb_probe.errors import RequestError
-from superb_probe.probes.metrics import edit_distance
 from superb_probe.upstreams.unpickler import plain, read_torch_file
 
 CHECKPOINTS = ("dev-best.ckpt", "dev-clean-best.ckpt", "best-states-dev.ckpt")
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "_unknown_", "_silence_")
+SEARCH_FILE = "benchmark.stdlist.xml"
 INTENT_SLOTS = ("action", "object", "location")
 _TASKS = {
     "fluent_commands": "ic",
@@ -34,9 +32,10 @@ _TASKS = {
     "ctc-libriphone": "pr",
     "asr": "asr",
     "sv_voxceleb1": "asv",
+    "ctc-snips": "sf",
+    "diarization": "sd",
+    "quesst14_dtw": "qbe",
 }
-_LOGGED = ("ic", "ks", "sid", "er")
-_LINE = re.compile(r"(\w+) at step (\d+): ([-+.\deE]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Experiment:
 
     Attributes:
         folder: the folder.
-        checkpoint: which of its checkpoints.
+        checkpoint: which of its checkpoints; of QbE, the scores on test.
         task: our name of its downstream.
         arguments: what run_downstream.py was called with.
         config: its configuration.
@@ -53,6 +52,7 @@ class Experiment:
         layer_logits: (L,) the featurizer's weights before the softmax; None where one layer was read.
         tensors: the probe's, under s3prl's names.
         best: the best value of the selecting metric so far, as s3prl keeps it.
+        dev: of QbE, the scores of the same layer on dev; None where they are not there.
     """
 
     folder: Path
@@ -64,6 +64,7 @@ class Experiment:
     layer_logits: Tensor | None
     tensors: Mapping[str, Tensor]
     best: float | None
+    dev: Path | None = None
 
     @property
     def data(self) -> Mapping[str, Any]:
@@ -96,10 +97,7 @@ def read_experiment(path: Path) -> Experiment:
     if downstream == "ctc":
         downstream = f"ctc-{str(config['downstream_expert']['corpus']['name']).lower()}"
     if downstream not in _TASKS:
-        raise RequestError(
-            f"{file}: downstream {downstream!r} cannot be imported. Fix: one of {', '.join(_TASKS)}; sd, sf and qbe experiments "
-            "are run again here instead: their folders hold no score per test item."
-        )
+        raise RequestError(f"{file}: downstream {downstream!r} cannot be imported. Fix: one of {', '.join(_TASKS)}.")
     if arguments.get("upstream_trainable"):
         raise RequestError(f"{file}: the encoder was fine-tuned (-f). Only probes of frozen encoders are imported.")
     tensors = {name.removeprefix("module."): tensor for name, tensor in found["Downstream"].items()}
@@ -131,106 +129,51 @@ def _checkpoint_file(path: Path) -> Path:
     return found[0]
 
 
-def logged(experiment: Experiment, split: str) -> float | None:
-    """The accuracy that log.log holds for the checkpoint's update, a fraction; None where it has none.
+def read_searches(path: Path) -> list[Experiment]:
+    """The QbE evaluations of test in a folder or its subfolders, by layer, each with its scores on dev; none: not a folder of QbE.
 
-    A split that was scored by `-m evaluate` only is logged as update 0.
+    Raises:
+        RequestError: if they are not of one encoder, or only of dev.
     """
-    path = experiment.folder / "log.log"
-    if not path.is_file():
-        return None
-    values: dict[int, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        match = _LINE.fullmatch(line.strip())
-        if match and match[1] == split:
-            values[int(match[2])] = float(match[3])
-    return values.get(experiment.step, values.get(0))
-
-
-def stored_items(experiment: Experiment, split: str) -> dict[str, Any] | None:
-    """The outcome of every item of the split's last evaluation, in our columns; None where the files are not there."""
-    pair = [experiment.folder / name for name in _prediction_files(experiment, split)]
-    if not all(file.is_file() for file in pair):
-        return None
-    said, truth = (_lines(file, "," if experiment.task == "ic" else " ") for file in pair)
-    if said.keys() != truth.keys():
-        raise RequestError(f"{pair[0]} and {pair[1]} are not of the same items. Fix: run s3prl's -m evaluate again.")
-    ids = list(said)
-    if experiment.task == "asv":
-        labels, scores = [int(truth[name]) for name in ids], [float(said[name]) for name in ids]
-        sides = [name.split("_") for name in ids]
-        apart = all(len(side) == 2 for side in sides)
-        return {
-            "id": [" ".join(side) for side in sides] if apart else ids,
-            "label": np.asarray(labels),
-            "score": np.asarray(scores),
-        }
-    if experiment.task in ("pr", "asr"):
-        return _text_items(experiment.task, ids, said, truth)
-    items: dict[str, Any] = {"id": ids}
-    columns = [f"slot_{slot}" for slot in INTENT_SLOTS] if experiment.task == "ic" else [""]
-    correct = []
-    for position, column in enumerate(columns):
-        pairs = [(said[name].split(",")[position], truth[name].split(",")[position]) for name in ids]
-        items[f"predicted_{column}".rstrip("_")] = [mine for mine, _ in pairs]
-        correct.append([int(mine == right) for mine, right in pairs])
-        if column:
-            items[f"correct_{column}"] = np.asarray(correct[-1], np.int8)
-    items["correct"] = np.min(np.asarray(correct, np.int8), axis=0)
-    return items
-
-
-def _prediction_files(experiment: Experiment, split: str) -> tuple[str, str]:
-    task = experiment.task
-    if task == "pr":
-        return f"{split}-hyp.ark", f"{split}-ref.ark"
-    if task == "asr":
-        return f"{split}-clean-noLM-hyp.ark", f"{split}-clean-noLM-ref.ark"
-    fold, ending = f"_{experiment.fold}" if task == "er" else "", "csv" if task == "ic" else "txt"
-    return f"{split}{fold}_predict.{ending}", f"{split}{fold}_truth.{ending}"
-
-
-def _lines(path: Path, separator: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        name, _, rest = line.partition(separator)
-        if name in found:
-            raise RequestError(f"{path}: {name} stands there twice: its file names are not unique.")
-        found[name] = rest
-    return found
-
-
-def _text_items(task: str, ids: list[str], said: Mapping[str, str], truth: Mapping[str, str]) -> dict[str, Any]:
-    pairs = [(truth[name].split(), said[name].split()) for name in ids]
-    items: dict[str, Any] = {
-        "id": ids,
-        "edits": [edit_distance(*pair) for pair in pairs],
-        "phones" if task == "pr" else "words": [len(reference) for reference, _ in pairs],
-        "reference": [" ".join(reference) for reference, _ in pairs],
-        "hypothesis": [" ".join(hypothesis) for _, hypothesis in pairs],
+    folders = sorted(file.parent for file in (*path.glob(SEARCH_FILE), *path.glob(f"*/{SEARCH_FILE}")))
+    found: dict[tuple[int, Split], tuple[Path, dict[str, Any], dict[str, Any]]] = {}
+    for folder in folders:
+        arguments, config = (_newest_yaml(folder, kind) for kind in ("args", "config"))
+        layer = arguments.get("upstream_layer_selection")
+        if layer is None:
+            raise RequestError(f"{folder}: no single layer was searched. Fix: s3prl's -l LAYER, one run a layer.")
+        key: tuple[int, Split] = (int(layer), "dev" if arguments.get("evaluate_split") == "dev" else "test")
+        if key in found:
+            raise RequestError(f"{folder} and {found[key][0]} are both of layer {key[0]} on {key[1]}. Fix: name one.")
+        found[key] = (folder, arguments, config)
+    causes = {
+        (each["upstream"], each.get("upstream_ckpt"), str(config["downstream_expert"]["dtwrc"]))
+        for _, each, config in found.values()
     }
-    if task == "asr":
-        letters = [(" ".join(reference), " ".join(hypothesis)) for reference, hypothesis in pairs]
-        items["character_edits"] = [edit_distance(*pair) for pair in letters]
-        items["characters"] = [len(reference) for reference, _ in letters]
-    return items
+    tests = sorted(layer for layer, split in found if split == "test")
+    if len(causes) > 1 or (found and not tests):
+        what = "of several encoders or distances" if len(causes) > 1 else "of dev only"
+        raise RequestError(f"{path}: its evaluations are {what}. Fix: one folder of -m evaluate -t test, and -t dev.")
+    searches = []
+    for layer in tests:
+        folder, arguments, config = found[layer, "test"]
+        dev = found[layer, "dev"][0] / SEARCH_FILE if (layer, "dev") in found else None
+        searches.append(Experiment(folder, folder / SEARCH_FILE, "qbe", arguments, config, 0, None, {}, None, dev))
+    return searches
 
 
-def stored_score(experiment: Experiment, split: str) -> tuple[Score | None, str]:
-    """The score of a split that the folder vouches for, and how; without items where they are of another evaluation."""
-    task = load_task(experiment.task)
-    items = stored_items(experiment, split)
-    value = None if items is None else task.value({name: column for name, column in items.items() if name != "id"})
-    if experiment.task not in _LOGGED:
-        return (
-            (None, "") if items is None or value is None else (Score(value, items), f"the last evaluation of {split}")
-        )
-    log = logged(experiment, split)
-    if log is None:
-        return None, ""
-    if items is not None and value is not None and abs(value - 100.0 * log) < 1e-3:
-        return Score(value, items), f"log.log and the predictions, update {experiment.step}"
-    return Score(100.0 * log, {}), f"log.log, update {experiment.step}"
+def _newest_yaml(folder: Path, kind: str) -> dict[str, Any]:
+    """The last `args_*.yaml` or `config_*.yaml`; their names are times."""
+    paths = sorted(folder.glob(f"{kind}_*.yaml"))
+    if not paths:
+        raise RequestError(f"{folder}: no {kind}_*.yaml beside {SEARCH_FILE}. Fix: the folder as s3prl left it.")
+    try:
+        values = yaml.safe_load(paths[-1].read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RequestError(f"{paths[-1]}: not YAML of plain values: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RequestError(f"{paths[-1]}: not a list of names and values.")
+    return values
 
 
 def class_order(experiment: Experiment, labels: LabelSet, task: Task) -> tuple[tuple[str, str], ...]:
@@ -245,10 +188,8 @@ def class_order(experiment: Experiment, labels: LabelSet, task: Task) -> tuple[t
     if name == "sid":
         count = len(next(iter(labels.classes.values())))
         return tuple(("speaker", f"id{10001 + number}") for number in range(count))
-    if name == "asv":
-        return tuple(
-            ("speaker", speaker) for speaker in labels.classes["speaker"]
-        )  # their order is in no file; no score needs it
+    if name in ("asv", "sd"):  # their order is in no file; no score needs it
+        return tuple(("speaker", speaker) for speaker in labels.classes["speaker"])
     file = _class_file(experiment)
     if not file.is_file():
         raise RequestError(
@@ -262,10 +203,23 @@ def class_order(experiment: Experiment, labels: LabelSet, task: Task) -> tuple[t
     if name == "er":
         numbers: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))["labels"]
         return tuple((next(iter(labels.classes)), word) for word in sorted(numbers, key=numbers.__getitem__))
+    if name == "sf":
+        return tuple(("tokens", token) for token in _slot_tokens(experiment, file))
     words = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     first = ("<pad>", "<eos>", "<unk>") if name == "pr" else ("<s>", "<pad>", "</s>", "<unk>")
     assert data
     return tuple(("tokens", token) for token in (*first, *words))
+
+
+def _slot_tokens(experiment: Experiment, file: Path) -> list[str]:
+    """Characters, one a line, and two tags a slot; the first line of the slots is a heading."""
+    slots = Path(experiment.data["slots_file"])
+    if not slots.is_file():
+        raise RequestError(f"{slots} is gone, by which s3prl numbers the tags of sf. Fix: put it back there.")
+    characters = [line.strip("\r\n") for line in file.read_text(encoding="utf-8").split("\n")]
+    characters = characters[:-1] if characters and not characters[-1] else characters
+    kinds = slots.read_text(encoding="utf-8").split("\n")[1:]
+    return ["<pad>", "<eos>", "<unk>", *characters, *(f"{end}-{kind}" for kind in kinds for end in "BE")]
 
 
 def _class_file(experiment: Experiment) -> Path:
@@ -274,4 +228,4 @@ def _class_file(experiment: Experiment) -> Path:
         return Path(data["file_path"]) / "data" / "train_data.csv"
     if experiment.task == "er":
         return Path(data["meta_data"]) / str(experiment.fold).replace("fold", "Session") / "train_meta_data.json"
-    return Path(data["vocab_file" if experiment.task == "pr" else "dict_path"])
+    return Path(data["vocab_file" if experiment.task in ("pr", "sf") else "dict_path"])

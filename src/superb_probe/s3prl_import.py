@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from superb_probe.downstreams.base import Fold, Head, LabelSet, Task
+from superb_probe.downstreams.base import Fold, Head, LabelSet, Score, Task
 from superb_probe.downstreams.corpora import choose_data
 from superb_probe.downstreams.load import load_folds, load_task
 from superb_probe.engine_record import describe_upstream, environment, interval, now
 from superb_probe.errors import RequestError
-from superb_probe.probes.heads import BlstmCtc, FrameCtc, UtteranceLinear, XVector
+from superb_probe.probes.dtw import DISTANCES
+from superb_probe.probes.heads import BlstmCtc, FrameCtc, LstmPit, UtteranceLinear, XVector
 from superb_probe.probes.runner import Probe
 from superb_probe.probes.s3prl_weights import head_from_s3prl
 from superb_probe.results.record import (
@@ -31,16 +32,23 @@ from superb_probe.results.record import (
     TaskPart,
     UpstreamPart,
     WeightsPart,
-    record_path,
     write_record,
 )
-from superb_probe.s3prl_experiment import CHECKPOINTS, Experiment, class_order, logged, read_experiment, stored_score
+from superb_probe.s3prl_experiment import CHECKPOINTS, Experiment, class_order, read_experiment, read_searches
+from superb_probe.s3prl_scores import WITHOUT_TRUTH, logged, stored_score
 from superb_probe.upstreams.base import Upstream
 from superb_probe.upstreams.checkpoints import read_checkpoint
 from superb_probe.upstreams.load import load_upstream
 from superb_probe.upstreams.sizes import family_name
 from superb_probe.verification import Data, Finding, rescored
 
+_SEARCH = {
+    "feature_normalization": True,
+    "silence_frame": None,
+    "step_pattern": "asymmetric",
+    "minmax_norm": True,
+    "subsequence": True,
+}
 _OWN_NAMES = ("fbank", "mfcc")
 _CHECKPOINT_NAMES = ("hubert_local", "hubert_custom")
 
@@ -91,26 +99,29 @@ def import_s3prl(
     Raises:
         RequestError: if the folder, its head or the data do not fit.
     """
-    experiment = read_experiment(Path(folder))
-    task = load_task(experiment.task)
-    theirs = head_from_s3prl(experiment.tensors)
-    score, source = stored_score(experiment, "test")
-    if score is None:
-        raise RequestError(
-            f"{experiment.folder}: no test score of {task.info.name}. Fix: s3prl's -m evaluate -e {experiment.checkpoint.name}"
-        )
+    experiments = read_searches(Path(folder)) if Path(folder).is_dir() else []
+    experiments = experiments or [read_experiment(Path(folder))]
     findings: list[Finding] = []
-    encoder = _encoder(experiment, upstream, checkpoint, findings)
-    where, dataset, fold = _data(experiment, task, data, manifest, root, findings)
-    if fold is not None and score.items:
+    task = load_task(experiments[0].task)
+    encoder = _encoder(experiments[0], upstream, checkpoint, findings)
+    where, dataset, fold = _data(experiments[0], task, data, manifest, root, findings)
+    experiment = experiments[0] if len(experiments) == 1 else _best_layer(experiments, fold)
+    head = None if experiment.task == "qbe" else head_from_s3prl(experiment.tensors)
+    score, source = stored_score(experiment, "test", fold)
+    if score is None:
+        fix = f"s3prl's -m evaluate -e {experiment.checkpoint.name}"
+        if experiment.task in WITHOUT_TRUTH:
+            fix = "--data or --manifest: its folder does not hold what is right"
+        raise RequestError(f"{experiment.folder}: no test score of {task.info.name}. Fix: {fix}")
+    if fold is not None and score.items and experiment.task not in WITHOUT_TRUTH:
         _same_test(experiment, fold, len(score.items["id"]))
-    record = _record(experiment, task, theirs, score, source, encoder, dataset, fold)
-    weights = None if fold is None else _weights(experiment, task, theirs, fold, record, findings)
+    record = _record(experiment, task, head, score, source, encoder, dataset, fold)
+    weights = None
+    if fold is not None:
+        weights = save({}) if head is None else _weights(experiment, task, head, fold, record, findings)
     if weights is not None:
-        path = record_path(out, record.task.name, record.upstream.name, record.run_id)
-        record = replace(
-            record, probe_weights=WeightsPart(f"{record.run_id}.safetensors", hashlib.sha256(weights).hexdigest())
-        )
+        digest = hashlib.sha256(weights).hexdigest()
+        record = replace(record, probe_weights=WeightsPart(f"{record.run_id}.safetensors", digest))
         if encoder is not None:
             findings += _scored_again(record, weights, encoder, where)
     told = [f"scored again here: {each.what}: {each.verdict} ({each.detail})" for each in findings]
@@ -120,6 +131,22 @@ def import_s3prl(
     if weights is not None:
         path.with_suffix(".safetensors").write_bytes(weights)
     return Imported(path, record, tuple(findings))
+
+
+def _best_layer(experiments: Sequence[Experiment], fold: Fold | None) -> Experiment:
+    """The QbE evaluation of the layer that is best on dev, ties to the lower, as SUPERB chooses it.
+
+    Raises:
+        RequestError: without the data, or when a layer was not searched on dev.
+    """
+    folder = experiments[0].folder.parent
+    if fold is None or any(each.dev is None for each in experiments):
+        what = "the data are needed to choose one" if fold is None else "not all of them were searched on dev"
+        layers = ", ".join(str(each.arguments["upstream_layer_selection"]) for each in experiments)
+        raise RequestError(f"{folder}: layers {layers}, and {what}. Fix: name one evaluation, or give --data and dev.")
+    scores = [stored_score(each, "dev", fold)[0] for each in experiments]
+    values = [0.0 if score is None else score.value for score in scores]
+    return experiments[values.index(max(values))]
 
 
 def _encoder(
@@ -185,59 +212,27 @@ def _same_test(experiment: Experiment, fold: Fold, count: int) -> None:
 def _record(
     experiment: Experiment,
     task: Task,
-    head: Head,
-    score: Any,
+    head: Head | None,
+    score: Score,
     source: str,
     encoder: Upstream | None,
     dataset: str,
     fold: Fold | None,
 ) -> RunRecord:
-    arguments, config, info = experiment.arguments, experiment.config, task.info
-    layer = arguments.get("upstream_layer_selection")
-    logits = experiment.layer_logits
     low_high, method = interval(task, score) if score.items else (None, "none: no outcome of each item")
     warnings = [f"trained by s3prl; the score is of {source}", *(fold.notes if fold else ())]
     file = experiment.checkpoint
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    dev = logged(experiment, "dev")
-    chosen, split = (100.0 * dev, "dev") if dev is not None else _chosen(experiment, score.value)
-    count = len(score.items["id"]) if score.items else None
-    data = {} if fold is None else {name: rows.digest for name, rows in fold.manifests.items()}
-    runner = config["runner"]
+    task_part = _task_part(task, score, dataset, fold)
+    causes = f"{digest} {dataset} {sorted(task_part.data.items())} {score.value}"
+    logits = experiment.layer_logits
     return RunRecord(
-        run_id=hashlib.sha256(f"{digest} {dataset} {sorted(data.items())} {score.value}".encode()).hexdigest()[:12],
+        run_id=hashlib.sha256(causes.encode()).hexdigest()[:12],
         status="finished",
         upstream=_upstream_part(experiment, head, encoder, warnings),
-        task=TaskPart(
-            name=info.name,
-            version=info.version,
-            dataset=dataset,
-            fold=None if fold is None else fold.name,
-            protocol="superb",
-            metric=info.metric,
-            unit=info.unit,
-            higher_is_better=info.higher_is_better,
-            protocol_deviations=(),
-            data=data,
-            num_items={} if count is None else {"test": count},
-        ),
-        probe=ProbePart(
-            head=info.heads[0] if info.heads else type(head).__name__,
-            view=info.view,
-            layer_norm=bool(arguments.get("upstream_feature_normalize")),
-            lr=float(config["optimizer"]["lr"]),
-            seed=int(arguments["seed"]),
-            batch=int(experiment.data.get("train_batch_size") or experiment.data.get("batch_size") or 0),
-            steps=int(runner["total_steps"]),
-            optimizer=str(config["optimizer"].get("torch_optim_name", config["optimizer"]["name"])).lower(),
-            trainable_params=sum(t.numel() for t in experiment.tensors.values())
-            + (0 if logits is None else logits.numel()),
-            layer=0 if layer is None and logits is None else layer,
-            budget=f"s3prl:{runner['total_steps']}",
-            accumulate=int(runner.get("gradient_accumulate_steps", 1)),
-            head_options=_options(head),
-        ),
-        selection=SelectionPart(split, info.metric, experiment.step, chosen),  # type: ignore[arg-type]
+        task=task_part,
+        probe=_probe_part(experiment, task, head),
+        selection=_selection(experiment, task, score, fold),
         score=ScorePart("test", float(score.value), low_high, method, dict(score.extra)),
         layer_weights=None if logits is None else tuple(logits.double().softmax(0).tolist()),
         items=None,
@@ -251,30 +246,124 @@ def _record(
     )
 
 
-def _chosen(experiment: Experiment, test: float) -> tuple[float, str]:
-    """What chose the checkpoint, in percent: s3prl's best on dev, or of another checkpoint its dev files; test where neither is."""
-    if experiment.task == "asv" or experiment.best is None:
-        return test, "test"
-    if experiment.checkpoint.name not in CHECKPOINTS:
-        score, _ = stored_score(experiment, "dev")
-        return (test, "test") if score is None else (score.value, "dev")
-    return experiment.best if experiment.task == "asr" else 100.0 * experiment.best, "dev"
+def _task_part(task: Task, score: Score, dataset: str, fold: Fold | None) -> TaskPart:
+    info = task.info
+    return TaskPart(
+        name=info.name,
+        version=info.version,
+        dataset=dataset,
+        fold=None if fold is None else fold.name,
+        protocol="superb",
+        metric=info.metric,
+        unit=info.unit,
+        higher_is_better=info.higher_is_better,
+        protocol_deviations=(),
+        data={} if fold is None else {name: rows.digest for name, rows in fold.manifests.items()},
+        num_items={"test": len(score.items["id"])} if score.items else {},
+    )
 
 
-def _upstream_part(experiment: Experiment, head: Head, encoder: Upstream | None, warnings: list[str]) -> UpstreamPart:
+def _probe_part(experiment: Experiment, task: Task, head: Head | None) -> ProbePart:
+    arguments, config, info = experiment.arguments, experiment.config, task.info
+    layer, logits = arguments.get("upstream_layer_selection"), experiment.layer_logits
+    normalised = bool(arguments.get("upstream_feature_normalize"))
+    if head is None:
+        return ProbePart(
+            head="none",
+            view=info.view,
+            layer_norm=normalised,
+            lr=0.0,
+            seed=0,
+            batch=1,
+            steps=0,
+            optimizer="none",
+            trainable_params=0,
+            layer=int(str(layer)),
+            budget="s3prl:0",
+            head_options=_search_options(experiment),
+        )
+    runner, optimizer = config["runner"], config["optimizer"]
+    sizes = {**config["downstream_expert"].get("loaderrc", {}), **experiment.data}  # SD has a part of its own
+    batch = sizes.get("train_batch_size") or sizes.get("train_batchsize") or sizes.get("batch_size") or 0
+    return ProbePart(
+        head=info.heads[0] if info.heads else type(head).__name__,
+        view=info.view,
+        layer_norm=normalised,
+        lr=float(optimizer["lr"]),
+        seed=int(arguments["seed"]),
+        batch=int(batch),
+        steps=int(runner["total_steps"]),
+        optimizer=str(optimizer.get("torch_optim_name", optimizer["name"])).lower(),
+        trainable_params=sum(t.numel() for t in experiment.tensors.values())
+        + (0 if logits is None else logits.numel()),
+        layer=0 if layer is None and logits is None else layer,
+        budget=f"s3prl:{runner['total_steps']}",
+        accumulate=int(runner.get("gradient_accumulate_steps", 1)),
+        head_options=_options(head),
+    )
+
+
+def _search_options(experiment: Experiment) -> dict[str, Any]:
+    """How QbE's frames were compared.
+
+    Raises:
+        RequestError: for a search that this project does not make.
+    """
+    expert = experiment.config["downstream_expert"]
+    rules = expert["dtwrc"]
+    asked = {
+        "feature_normalization": bool(expert["feature_normalization"]),
+        "silence_frame": expert["silence_frame"],
+        "step_pattern": rules["step_pattern"],
+        "minmax_norm": bool(rules["minmax_norm"]),
+        "subsequence": bool(rules["subsequence"]),
+    }
+    other = [f"{name} {value}" for name, value in asked.items() if value != _SEARCH[name]]
+    if other or rules["dist_method"] not in DISTANCES:
+        other += [f"dist_method {rules['dist_method']}"] * (rules["dist_method"] not in DISTANCES)
+        raise RequestError(f"{experiment.folder}: {', '.join(other)}: not SUPERB's search, which is what is imported.")
+    return {"distance": rules["dist_method"]}
+
+
+def _selection(experiment: Experiment, task: Task, score: Score, fold: Fold | None) -> SelectionPart:
+    """What chose the checkpoint, or QbE's layer, in percent: dev where the folder says it, else test."""
+    metric = task.info.protocols["superb"].select_metric or task.info.metric
+    dev = logged(experiment, "dev")
+    found = 100.0 * dev if dev is not None else _chosen(experiment, fold)
+    if found is None:
+        chosen = score.value if score.selects is None else score.selects
+        return SelectionPart("test", metric, experiment.step, float(chosen))
+    return SelectionPart("dev", metric, experiment.step, found)
+
+
+def _chosen(experiment: Experiment, fold: Fold | None) -> float | None:
+    """s3prl's best on dev, in percent, or of another checkpoint what its dev files say; None where it has none."""
+    if experiment.task == "asv":
+        return None
+    if experiment.best is None or experiment.checkpoint.name not in CHECKPOINTS:
+        score, _ = stored_score(experiment, "dev", fold)
+        return None if score is None else float(score.value)
+    if experiment.task == "sd":  # chosen by the frames that are right
+        return 100.0 * (1.0 - experiment.best)
+    return experiment.best if experiment.task == "asr" else 100.0 * experiment.best
+
+
+def _upstream_part(
+    experiment: Experiment, head: Head | None, encoder: Upstream | None, warnings: list[str]
+) -> UpstreamPart:
     layers = 1 if experiment.layer_logits is None else experiment.layer_logits.numel()
-    first = experiment.tensors["connector.weight" if isinstance(head, XVector) else "projector.weight"]
-    dim = int(first.shape[1])
+    dim = 1 if head is None else _width(experiment, head)
     if encoder is not None:
         part = describe_upstream(encoder.info.name, encoder)
         one_layer = experiment.layer_logits is None
-        if part.dim != dim or (part.num_layers != layers and not one_layer):
+        if head is not None and (part.dim != dim or (part.num_layers != layers and not one_layer)):
             raise RequestError(
                 f"{experiment.checkpoint}: its probe reads {layers} layers of width {dim}; {part.name} has {part.num_layers} of "
                 f"{part.dim}. Fix: --upstream NAME and --checkpoint FILE of the encoder it was trained on."
             )
         return part
-    warnings.append("encoder not here: revision, parameters, hop and sample rate are not known and stand as 0")
+    unknown = "revision, parameters, hop and sample rate" if head is not None else "all of it but its name"
+    warnings.append(f"encoder not here: {unknown} is not known and stands as 0 or 1")
     return UpstreamPart(
         name=f"s3prl:{experiment.arguments['upstream']}",
         revision="unknown",
@@ -291,6 +380,12 @@ def _upstream_part(experiment: Experiment, head: Head, encoder: Upstream | None,
     )
 
 
+def _width(experiment: Experiment, head: Head) -> int:
+    """The width of the states that a head reads."""
+    names = {XVector: "connector.weight", LstmPit: "model.rnn.weight_ih_l0"}
+    return int(experiment.tensors[names.get(type(head), "projector.weight")].shape[1])
+
+
 def _options(head: Head) -> dict[str, Any]:
     """The options that make `Task.head` give a head of these sizes."""
     if isinstance(head, (UtteranceLinear, FrameCtc)):
@@ -301,6 +396,8 @@ def _options(head: Head) -> dict[str, Any]:
     if isinstance(head, XVector):
         width, _ = head.objective.shape
         return {"width": int(width), "pool_width": int(head.linear1.in_features // 2), "pool_extra_frame": True}
+    if isinstance(head, LstmPit):
+        return {"width": head.rnn.hidden_size, "repeat_last": True}
     raise RequestError(f"a {type(head).__name__} of s3prl's is not imported.")
 
 
@@ -310,7 +407,7 @@ def _weights(
     """The probe's tensors as our records store them, classes in our order; None, with the reason, where that cannot be."""
     labels = task.labels(fold.manifests["train"])
     try:
-        tensors = _our_order(experiment, task, head, labels)
+        tensors = _our_order(experiment, task, head, labels, findings)
         ours = task.head(record.upstream.dim, labels, record.probe.head_options)
         probe = Probe(ours, None if experiment.layer_logits is None else record.upstream.num_layers)
         stored = {f"head.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
@@ -326,7 +423,9 @@ def _weights(
     return save(stored)
 
 
-def _our_order(experiment: Experiment, task: Task, head: Head, labels: LabelSet) -> dict[str, Tensor]:
+def _our_order(
+    experiment: Experiment, task: Task, head: Head, labels: LabelSet, findings: list[Finding]
+) -> dict[str, Tensor]:
     """The head's tensors with the rows of its last layer in the order of our classes.
 
     Raises:
@@ -335,10 +434,13 @@ def _our_order(experiment: Experiment, task: Task, head: Head, labels: LabelSet)
     theirs = class_order(experiment, labels, task)
     ours = [(slot, name) for slot, names in labels.classes.items() for name in names]
     tensors = dict(head.state_dict())
-    if task.info.name == "asv":
+    if task.info.name in ("asv", "sd"):  # in no order: trials ask who is alike, and speakers are matched
         return tensors
     rows = int(tensors["linear.bias"].numel())
-    if set(theirs) != set(ours) or len(theirs) != rows:
+    if task.info.name == "sf" and set(ours) < set(theirs) and len(theirs) == rows:
+        never = sorted(name for _, name in set(theirs) - set(ours))
+        findings.append(Finding("tokens", "not checked", f"no training text has {never[:6]}: left out of the head"))
+    elif set(theirs) != set(ours) or len(theirs) != rows:
         spare, lacking = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
         raise RequestError(
             f"its head has {rows} classes, its files name {len(theirs)}, the data {len(ours)}: only there {spare[:5]}, only here "

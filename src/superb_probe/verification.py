@@ -18,15 +18,24 @@ from superb_probe.downstreams.base import Fold, FrameGrid, LabelSet, Prediction,
 from superb_probe.downstreams.load import load_folds, load_task
 from superb_probe.errors import RequestError
 from superb_probe.probes.runner import Probe
+from superb_probe.probes.states import States
 from superb_probe.probes.statistics import as_column
+from superb_probe.probes.store import FeatureStore
+from superb_probe.probes.untrained import SubsequenceDtw, search_split
 from superb_probe.results.compare import numbers
 from superb_probe.results.record import RunRecord, read_items, read_record
 from superb_probe.upstreams.base import Upstream
 from superb_probe.upstreams.load import load_upstream
 
 Verdict = Literal["equal", "within the interval", "different", "not checked"]
-_NOT_HEAD = ("evaluate_every", "max_crop_s", "crops", "stop_hopeless")
+_NOT_HEAD = ("evaluate_every", "max_crop_s", "crops", "stop_hopeless", "padding")
 EQUAL = 1e-6  # in the metric's unit: sums in another order
+# what an imported record's dev score is of, where that is not what is scored here
+_DEV_ELSEWHERE = {
+    "ks": "s3prl scores a random draw of dev, its classes equally often",
+    "er": "s3prl draws dev at random",
+    "sd": "s3prl averages over batches of dev",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,27 +197,66 @@ def rescored(
     assert record.score is not None
     assert record.selection is not None
     task, fold, labels = _question(record, data)
-    probe = _probe(path, record, task, labels)
-    encoder = _encoder(record, upstream, checkpoint)
+    batch = task.info.s3prl_batches.evaluation
+    if batch > 1 and record.probe.head_options.get("padding") == "s3prl":
+        raise RequestError(
+            f"record {record.run_id}: with --padding s3prl the states of {task.info.name}'s dev and test depend on their batches "
+            f"of {batch}, and here utterances are encoded one at a time. Fix: --retrain"
+        )
+    encoder = load_encoder(record, upstream, checkpoint)
     splits: list[Split] = ["test"] if record.selection.split == "test" else ["dev", "test"]
-    predictions, frames = _predictions(record, task, fold, probe, encoder, splits)
+    if task.info.trained:
+        probe = _probe(path, record, task, labels)
+        predictions, frames = _predictions(record, task, fold, probe, encoder, splits)
+    else:
+        predictions, frames = _searched(record, task, fold, labels, encoder, splits), {}
     bound = task.bind(fold, FrameGrid(encoder.info.hop_samples, encoder.info.sample_rate_hz, frames))
+    what = "the stored probe" if task.info.trained else "the search made again"
     findings = []
     for split in splits:
         score = bound.score(predictions[split], fold, split)
         if split == record.selection.split:
             bound = bound.tuned_by(score)
             chosen = score.value if score.selects is None else score.selects
-            findings.append(_finding(f"{split} score from the stored probe", record.selection.value, chosen, None))
+            findings.append(_dev_finding(record, f"{split} score from {what}", chosen))
         if split == "test":
             score = bound.score(predictions[split], fold, split)
-            findings.append(
-                _finding("test score from the stored probe", record.score.value, score.value, record.score.ci95)
-            )
+            findings.append(_finding(f"test score from {what}", record.score.value, score.value, record.score.ci95))
     return findings
 
 
-def _encoder(record: RunRecord, upstream: Upstream | None, checkpoint: Path | None) -> Upstream:
+def _dev_finding(record: RunRecord, what: str, value: float) -> Finding:
+    """The score that chose, compared; of another tool's record only where both are of the same items."""
+    assert record.selection is not None
+    found = _finding(what, record.selection.value, value, None)
+    why = _DEV_ELSEWHERE.get(record.task.name) if record.imported_from else None
+    if found.verdict != "different" or why is None or record.selection.split == "test":
+        return found
+    return Finding(what, "not checked", f"{why}: {found.detail}")
+
+
+def _searched(
+    record: RunRecord, task: Task, fold: Fold, labels: LabelSet, encoder: Upstream, splits: list[Split]
+) -> dict[Split, dict[str, Prediction]]:
+    """By query, the scores of the record's layer on states encoded anew: what stands for a probe where nothing is trained."""
+    layer, options = record.probe.layer, record.probe.head_options
+    head = task.head(record.upstream.dim, labels, {name: options[name] for name in options if name not in _NOT_HEAD})
+    assert layer is not None and isinstance(head, SubsequenceDtw)
+    found: dict[Split, dict[str, Prediction]] = {}
+    for split in splits:
+        manifest = fold.manifests[split]
+        store = FeatureStore(
+            dtype=record.probe.feature_dtype, layer_norm=record.probe.layer_norm, waveform=task.info.waveform
+        )
+        store.build(encoder, manifest)
+        states = States(store, manifest.ids, layer, torch.device("cpu"))
+        found[split] = {
+            query: scores[0].numpy() for query, scores in search_split(states, manifest, head.distance).items()
+        }
+    return found
+
+
+def load_encoder(record: RunRecord, upstream: Upstream | None, checkpoint: Path | None) -> Upstream:
     """The record's encoder.
 
     Raises:
@@ -238,7 +286,7 @@ def _predictions(
             for utterance in manifest:
                 wave = read_waveform(utterance, manifest.root, encoder.info.sample_rate_hz, task.info.waveform)
                 encoded = encoder.extract([torch.from_numpy(wave)])
-                states, count = _read(encoded.states, record, kind), encoded.num_frames
+                states, count = read_states(encoded.states, record, kind), encoded.num_frames
                 frames[utterance.id] = int(count[0])
                 if record.probe.view == "mean":
                     count = torch.ones_like(count)
@@ -247,7 +295,7 @@ def _predictions(
     return predictions, frames
 
 
-def _read(states: Tensor, record: RunRecord, kind: torch.dtype) -> Tensor:
+def read_states(states: Tensor, record: RunRecord, kind: torch.dtype) -> Tensor:
     """States as the store gives them: (L, 1, T, D), or one layer of them, normalised, averaged, rounded."""
     if record.probe.layer is not None:
         states = states[record.probe.layer : record.probe.layer + 1]
@@ -266,14 +314,22 @@ def _retrained(record: RunRecord, upstream: Upstream | None, checkpoint: Path | 
     assert record.score is not None
     what = "test score of a probe trained again"
     budget, _, steps = record.probe.budget.partition(":")
+    options = {name: value for name, value in record.probe.head_options.items() if name not in (*_NOT_HEAD, "padding")}
+    head, name = options.pop("head", None), record.task.dataset
+    published = data.root is not None and not data.manifest and name != "mini"
+    corpus = {name: data.root, **{f"{name}.{extra}": path for extra, path in (data.extras or {}).items()}}
     try:
-        encoder = _encoder(record, upstream, checkpoint)
+        encoder = load_encoder(record, upstream, checkpoint)
+        task, _, _ = _question(record, data)  # other data would give another number
         with tempfile.TemporaryDirectory() as folder:
             records = run(
                 encoder,
                 record.task.name,
-                root=data.root,
+                data=corpus if published else None,  # type: ignore[arg-type]
+                root=None if published else data.root,
                 manifest=data.manifest,
+                head=head,
+                head_option=options if task.info.trained else None,
                 layer=record.probe.layer,
                 layer_norm=record.probe.layer_norm,
                 feature_dtype=record.probe.feature_dtype,
@@ -284,6 +340,7 @@ def _retrained(record: RunRecord, upstream: Upstream | None, checkpoint: Path | 
                 seed=[record.probe.seed],
                 protocol=record.task.protocol,
                 control=record.probe.control,
+                padding="s3prl" if record.probe.head_options.get("padding") == "s3prl" else "exact",
                 device="cpu",
                 out=Path(folder),
             )

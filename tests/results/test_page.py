@@ -97,7 +97,8 @@ def test_markdown_and_latex_mark_the_best(make_record: Make) -> None:
     assert r"\textbf{5.00}" in tex
     assert r"\underline{6.00}" in tex
     assert r"other\_one" in tex
-    assert r"EER \% $\downarrow$" in tex
+    assert r"\shortstack[r]{ASV\\EER \% $\downarrow$}" in tex
+    assert r"\shortstack[r]{\textbf{5.00}\\{\tiny [4.70, 5.30]}}" in tex
     assert tex.count(r"\begin{tabular}") == tex.count(r"\bottomrule") == 4
     assert tex.count("{") == tex.count("}")
 
@@ -114,6 +115,8 @@ def test_citations() -> None:
         {"asv": "SUPERB, arXiv:2105.01051", "ic": "SUPERB, arXiv:2105.01051", "mine": "", "x": "@misc{x, note = {y}}"}
     )
     assert text.count("@misc{arxiv210501051") == 1
+    twice = bibtex({"one": "A, arXiv:2105.01051, table 1", "two": "A, arXiv:2105.01051, table 2"})
+    assert re.findall(r"@misc\{(\w+)", twice) == ["arxiv210501051", "arxiv210501051a"]  # no key stands twice
     assert "asv, ic" in text
     assert "% x\n@misc{x, note = {y}}" in text
     assert "% no citation declared: mine" in text

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from scipy.signal import medfilt
 
 from superb_probe import cli
+from superb_probe.downstreams.sd import SETTINGS, levels_text
 from superb_probe.errors import RequestError
+from superb_probe.probes.diarization import decide
 from superb_probe.results.record import RunRecord, write_record
-from superb_probe.results.submission import CORPORA, NOT_WRITTEN, PARTS, write_submission
+from superb_probe.results.submission import CORPORA, PARTS, write_submission
 
 Make = Callable[..., RunRecord]
 Write = Callable[..., Path]
@@ -76,6 +82,52 @@ def test_each_task_as_the_site_takes_it(case: str, write: Write, tmp_path: Path)
     assert set(made.absent) == set(PARTS) - {part}
 
 
+def test_posteriors_that_every_setting_of_the_site_decides_alike(write: Write, tmp_path: Path) -> None:
+    """Mutant: with one posterior a threshold off, the turns of some setting differ."""
+    h5py = pytest.importorskip("h5py")
+    logits = np.random.default_rng(0).normal(scale=1.2, size=(400, 2))
+    path = write("sd", {"id": ["a_b"], "levels": [levels_text(logits)]}, **{"upstream.hop_samples": 160})
+    made = write_submission([path], tmp_path / "out")
+    folder = tmp_path / "out" / "predict" / "sd_public"
+    assert (folder / "frame_shift").read_text() == "160\n"
+    with h5py.File(folder / "scoring" / "predictions" / "a_b.h5") as file:
+        posteriors = file["T_hat"][:]
+    assert posteriors.dtype == np.float32
+    for threshold, median in SETTINGS:  # the site's own steps: where, then a median filter
+        theirs = medfilt(np.where(posteriors > threshold, 1, 0).astype(float), (median, 1))
+        assert np.array_equal(theirs > 0.5, decide(logits, threshold, median))
+    assert made.parts == {"sd_public": 1}
+    with zipfile.ZipFile(made.path) as archive:
+        names = ["frame_shift", "scoring/predictions/a_b.h5"]
+        assert archive.namelist() == [f"predict/sd_public/{name}" for name in names]
+
+
+def test_without_h5py_it_says_what_to_install(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(RequestError, match=r"superb-probe\[hdf5\]"):
+        write_submission([write("sd", {"id": ["a"], "levels": ["0x1; 0x1"]})], tmp_path / "out")
+
+
+def test_detected_terms(write: Write, tmp_path: Path) -> None:
+    items = {"id": ["q1", "q2"], "scores": ["2.5000 -0.1000", "0.0000 2.0000"], "documents": ["d1 d2", ""]}
+    write_submission([write("qbe", items)], tmp_path / "out")
+    text = (tmp_path / "out" / "predict" / "qbe_public" / "benchmark.stdlist.xml").read_text()
+    root = ElementTree.fromstring(text)
+    found = [
+        (each.attrib["termid"], *((t.attrib["file"], t.attrib["score"], t.attrib["decision"]) for t in each))
+        for each in root
+    ]
+    assert found == [
+        ("q1", ("d1", "2.5000", "YES"), ("d2", "-0.1000", "NO")),
+        ("q2", ("d1", "0.0000", "NO"), ("d2", "2.0000", "NO")),
+    ]
+    assert root.attrib == {
+        "termlist_filename": "benchmark.stdlist.xml", "indexing_time": "1.00", "language": "english", "index_size": "1",
+        "system_id": "benchmark",
+    }  # fmt: skip
+    assert set(root[0][0].attrib) == {"file", "channel", "tbeg", "dur", "score", "decision"}
+
+
 def test_the_command_says_what_is_absent(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("pr", TEXT)
     assert cli.main(["submit", str(path), "--out", str(tmp_path / "out")]) == 0
@@ -100,12 +152,13 @@ def test_what_is_no_submission(changes: dict[str, Any], told: str, write: Write,
 
 
 def test_all_problems_at_once(write: Write, tmp_path: Path) -> None:
-    """Two records of a part, tasks whose files cannot be made, items of before predictions were kept."""
-    paths = [write("pr", TEXT), write("pr", TEXT, run_id="aaaaaaaa")]
-    paths += [write(task, {"id": ["a"]}) for task in NOT_WRITTEN]
-    paths += [write("ks", {"id": ["a"], "correct": [1]})]
+    """Two records of a part, a task that is none of the site's, items of before predictions were kept."""
+    paths = [write("pr", TEXT), write("pr", TEXT, run_id="aaaaaaaa"), write("synthetic_sid", TEXT)]
+    paths += [write("ks", {"id": ["a"], "correct": [1]}), write("sd", {"id": ["a"], "turns": ["0 1 1"]})]
+    paths += [write("qbe", {"id": ["a"], "hits": ["1"]})]
     with pytest.raises(RequestError) as error:
         write_submission(paths, tmp_path / "out")
-    for told in ("a second record of pr_public", "scoring/predictions", "not stated", "no column 'predicted_keyword'"):
+    columns = ("no column 'predicted_keyword'", "no column 'levels'", "no column 'documents'")
+    for told in ("a second record of pr_public", "synthetic_sid is no task of the site", *columns):
         assert told in str(error.value)
     assert not (tmp_path / "out").exists()
