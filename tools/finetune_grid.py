@@ -1,0 +1,199 @@
+"""The comparisons of the Mamba-HuBERT paper that are about fine-tuning, on what a short budget allows: same data, updates, size.
+
+`causal` (its table 2): Mamba and Transformer, each with the published front end (63 frames of look-ahead, GroupNorm over the
+utterance) and the strictly causal one. `length` (its table 1): ExtBiMamba and Transformer, each trained on utterances and on whole
+documents (as much audio an update), both scored by both. Every cell has several seeds. Runs that are there are kept, stopped ones go
+on; then come a table, learning curves and a CSV.
+
+    python tools/finetune_grid.py causal --device cuda --precision bfloat16 --steps 3000 --seed 1 2 3 --out runs/causal
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from superb_probe.downstreams.manifest import Manifest, Utterance
+from superb_probe.downstreams.mini import mini_root, read_splits
+from superb_probe.finetuning import DESCRIPTION, LOG, FinetuneRequest, HeadChoice, finetune
+from superb_probe.probes.finetune import CHECKPOINT, FinetuneRecipe
+from superb_probe.probes.finetune_data import passages
+from superb_probe.probes.finetune_model import Regularisation
+from superb_probe.probes.statistics import t_interval
+from superb_probe.results.lines import Panel, draw_panels
+from superb_probe.upstreams.load import find_device
+
+CELLS: dict[str, dict[str, dict[str, Any]]] = {
+    "causal": {
+        f"{family}, {front}": {
+            "upstream": f"{family}_hubert_causal",
+            "upstream_options": {"causal_front_end": front == "strict"},
+            "head": "lstm",
+        }
+        for family in ("mamba", "transformer")
+        for front in ("published", "strict")
+    },
+    "length": {
+        f"{family}, {context}": {"upstream": f"{family}_hubert", "context": context, "head": "conv"}
+        for family in ("mamba", "transformer")
+        for context in ("utterance", "document")
+    },
+}
+TABLES = ("read", "slots", "commands", "phrases")  # of mini: train splits with a text
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    args = arguments()
+    manifests = mini_manifests() if args.manifest is None else own_manifests(args)
+    checkpoints = dict(text.split("=", 1) for text in args.checkpoint)
+    for seed in args.seed:
+        for name, cell in CELLS[args.plan].items():
+            folder = args.out / f"{name.replace(', ', '-')}-{seed}"
+            if finished(folder):
+                continue
+            finetune(request(args, cell, manifests, checkpoints.get(name), seed, folder))
+    report(args)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", choices=tuple(CELLS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--checkpoint", nargs="+", default=[], metavar="CELL=FILE", help="pre-trained encoders")
+    parser.add_argument("--manifest", nargs=3, type=Path, metavar=("TRAIN", "DEV", "TEST"), help="default: mini")
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--document-column", help="default: mini's speakers, else document or LibriSpeech's chapters")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--frozen-share", type=float, help="default: 0.1 with checkpoints, 0 without")
+    parser.add_argument("--head-width", type=int, default=256)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def mini_manifests() -> dict[str, Manifest]:
+    """All train tables of mini that have a text; dev and test sentences."""
+    root = mini_root()
+    rows = [row for table in TABLES for row in read_splits(root, table)["train"]]
+    plain = [Utterance(row.id, row.audio, row.start_s, row.duration_s, _labels(row)) for row in rows]
+    read = read_splits(root, "read")
+    return {"train": Manifest(plain, root, "mini.train"), "dev": read["dev"], "test": read["test"]}
+
+
+def _labels(row: Utterance) -> dict[str, str]:
+    return {"text": row.labels["text"], "speaker": row.labels["speaker"]}
+
+
+def own_manifests(args: argparse.Namespace) -> dict[str, Manifest]:
+    """The manifests named on the command line."""
+    return {
+        split: Manifest.read(path, args.root)
+        for split, path in zip(("train", "dev", "test"), args.manifest, strict=True)
+    }
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has its scores."""
+    path = folder / DESCRIPTION
+    return path.is_file() and "test" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def request(
+    args: argparse.Namespace,
+    cell: dict[str, Any],
+    manifests: dict[str, Manifest],
+    checkpoint: str | None,
+    seed: int,
+    folder: Path,
+) -> FinetuneRequest:
+    """The run of a cell and a seed."""
+    frozen = args.frozen_share if args.frozen_share is not None else 0.1 if checkpoint else 0.0
+    context = cell.get("context", "utterance")
+    column = args.document_column or ("speaker" if args.manifest is None else None)
+    batch = args.batch
+    if context == "document":  # as much audio in an update
+        train = manifests["train"]
+        batch = max(1, round(batch * len(passages(train, context, column)) / len(train)))
+    recipe = FinetuneRecipe(
+        steps=args.steps, lr=args.lr, batch=batch, frozen_share=frozen, precision=args.precision, seed=seed,
+        evaluate_every=max(1, args.steps // 10),
+    )  # fmt: skip
+    return FinetuneRequest(
+        upstream=cell["upstream"],
+        manifests=manifests,
+        out=folder,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        size=None if checkpoint else args.size,
+        random=None if checkpoint else seed,
+        upstream_options={} if checkpoint else cell.get("upstream_options", {}),
+        head=HeadChoice(cell["head"], args.head_width),
+        recipe=recipe,
+        how=Regularisation(),
+        context=context,
+        test_contexts=("utterance", "document") if args.plan == "length" else (),
+        document_column=column,
+        device=find_device(args.device),
+        resume=(folder / CHECKPOINT).exists(),
+    )
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print a row a cell, and write OUT.csv and learning curves beside the runs."""
+    rows, curves = [], {}
+    for name in CELLS[args.plan]:
+        folders = [args.out / f"{name.replace(', ', '-')}-{seed}" for seed in args.seed]
+        found = [
+            json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) for folder in folders if finished(folder)
+        ]
+        for place in range(len(found[0]["test"]) if found else 0):
+            scores = [each["test"][place]["wer"] for each in found]
+            low, high = t_interval(scores) if len(scores) > 1 else (float("nan"), float("nan"))
+            mean = sum(scores) / len(scores)
+            rows.append(
+                {
+                    "cell": name,
+                    "test by": found[0]["test"][place]["context"],
+                    "seeds": len(scores),
+                    "wer": mean,
+                    "low": low,
+                    "high": high,
+                    "each": " ".join(f"{score:.2f}" for score in scores),
+                    "minutes": sum(each["seconds"] for each in found) / 60 / len(found),
+                }
+            )
+        logs = [
+            list(csv.DictReader((folder / LOG).open(encoding="utf-8")))
+            for folder in folders
+            if (folder / LOG).is_file()
+        ]
+        if logs:
+            steps = [float(row["step"]) for row in min(logs, key=len)]
+            curves[name] = (
+                steps,
+                [sum(float(log[k]["dev_wer"]) for log in logs) / len(logs) for k in range(len(steps))],
+            )
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format="%.2f"))
+    panel = Panel(
+        f"{args.plan}: {args.size}, {args.steps} updates",
+        "update",
+        "dev wer (%, mean of seeds, lower is better)",
+        curves,
+    )
+    for path in draw_panels([panel], table, args.out / "grid"):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
