@@ -102,6 +102,28 @@ def t_interval(values: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
     return float(scores.mean()) - half, float(scores.mean()) + half
 
 
+def jackknife_interval(value: float, without: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """The interval of a statistic from its values with each group left out in turn (Efron and Tibshirani 1993, chapter 11).
+
+    For statistics that resampling with replacement would bias, such as information and purity: repeated data look predictable.
+
+    Args:
+        value: of all groups.
+        without: (n,) with each group left out, at least two.
+        level: coverage aimed at.
+
+    >>> [round(end, 3) for end in jackknife_interval(2.0, [2.5, 2.0, 1.5])] == [round(end, 3) for end in t_interval([1.0, 2.0, 3.0])]
+    True
+    """
+    left = np.asarray(without, dtype=np.float64)
+    count = len(left)
+    if left.ndim != 1 or count < 2 or not np.isfinite(left).all():
+        raise UndefinedMetric(f"jackknife: at least two finite values are needed, found {left.tolist()}")
+    error = np.sqrt((count - 1) / count * np.square(left - left.mean()).sum())
+    half = float(stats.t.ppf((1 + level) / 2, count - 1) * error)
+    return value - half, value + half
+
+
 def as_column(values: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
     """An array of one dimension first; ragged and mixed items stay Python objects."""
     if isinstance(values, np.ndarray):

@@ -37,6 +37,8 @@ COMMANDS = (
     "submit",
     "store",
     "bench",
+    "finetune",
+    "stream",
     "doctor",
 )
 Printed = Callable[[], tuple[str, str]]

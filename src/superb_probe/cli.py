@@ -11,14 +11,19 @@ from typing import Any, NoReturn
 
 from superb_probe import (
     __version__,
+    commands_align,
+    commands_analyze,
     commands_bench,
     commands_check,
     commands_data,
     commands_exchange,
+    commands_finetune,
     commands_names,
+    commands_pretrain,
     commands_results,
     commands_run,
     commands_store,
+    commands_stream,
     doctor,
 )
 from superb_probe.errors import RequestError, SuperbProbeError, nearest
@@ -30,8 +35,13 @@ _COMMAND_MODULES = (
     commands_data,
     commands_results,
     commands_exchange,
+    commands_pretrain,
+    commands_finetune,
     commands_store,
     commands_bench,
+    commands_stream,
+    commands_analyze,
+    commands_align,
     doctor,
 )
 

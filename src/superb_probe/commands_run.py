@@ -137,7 +137,10 @@ def report(records: Sequence[RunRecord], out: Path) -> list[str]:
     from superb_probe.results.record import record_path
 
     by_id = {record.run_id: record for record in records}
-    header = ("task", "upstream", "dataset", "score [95 % interval]", "unit", "lr", "seeds", "layer peak", "record")
+    header = (
+        *("task", "upstream", "dataset", "score [95 % interval]", "unit", "lr", "seeds"),
+        *("updates x batch", "dev slope / 1000 updates", "layer peak", "record"),
+    )
     rows: list[tuple[Any, ...]] = []
     for row in leaderboard(records).to_dict("records"):
         ids = row["run_ids"].split()
@@ -154,6 +157,8 @@ def report(records: Sequence[RunRecord], out: Path) -> list[str]:
                 f"{row['metric']} {row['unit']}, {row['better']} is better",
                 rate,
                 row["seeds"],
+                f"{row['steps']} x {row['batch']}" if row["steps"] else "-",
+                slope_text(row["dev_slope"]),
                 row["layer_weights_peak"] or "-",
                 path if len(ids) == 1 else path.parent,
             )
@@ -167,6 +172,15 @@ def report(records: Sequence[RunRecord], out: Path) -> list[str]:
         if r.status == "failed"
     ]
     return lines
+
+
+def slope_text(slope: float | None) -> str:
+    """How the dev metric still moved at the end, for a table.
+
+    >>> slope_text(-1.234), slope_text(None)
+    ('-1.2', '-')
+    """
+    return "-" if slope is None or slope != slope else f"{slope:+.1f}"
 
 
 def _score(row: Mapping[Any, Any]) -> str:

@@ -116,6 +116,12 @@ RUN_FLAGS = (
         "where states are read from in training (default: the fastest place they fit in, as measured)",
         choices=("gpu", "memory", "disk", "stream"),
     ),
+    Flag(
+        "padding",
+        "text",
+        "exact (default): an utterance's states are its own; s3prl: those of s3prl's padded batches, encoded anew at every update",
+        choices=("exact", "s3prl"),
+    ),
     Flag("limit", "integer", "use only the first N utterances of each split (for trying things out)", metavar="N"),
     Flag("tier", "text", "quick: pr sid er ic on seeded subsets, a table of its own", choices=("quick",)),
     Flag("time_limit", "amount", "plan what fits into this time, e.g. 8h, and say what is dropped", metavar="TIME"),

@@ -193,6 +193,34 @@ def test_shipped_weights_are_used_when_there_are_some(no_weights: Path, name: st
             load_upstream(name, causal_front_end=False)
 
 
+def test_both_front_ends_may_ship(no_weights: Path) -> None:
+    revisions = {}
+    for causal, ending in ((True, ""), (False, "-published-front-end")):
+        config = size_config(
+            "mamba_hubert_causal", "matched", causal
+        )  # the shapes of the file count, not those of a size
+        path = no_weights / f"mamba_hubert_causal{ending}.safetensors"
+        weights = HubertEncoder(config).state_dict()
+        revisions[causal] = write_checkpoint(
+            path, config, weights, name="mamba_hubert_causal", trained_on=("mini",), license="MIT", dtype=torch.float16
+        )
+    assert load_upstream("mamba_hubert_causal").info.revision == revisions[True]
+    assert load_upstream("mamba_hubert_causal", causal_front_end=True).info.revision == revisions[True]
+    published = load_upstream("mamba_hubert_causal", causal_front_end=False)
+    assert published.info.revision == revisions[False] and published.info.lookahead_samples is None
+    assert published.info.trained_on == ("mini",)
+
+
+def test_sizes_called_matched_have_as_many_parameters() -> None:
+    counts = {name: HubertEncoder(size_config(name, "matched")).parameter_counts()["encoder"] for name in FAMILIES}
+    assert max(counts.values()) <= 2_000_000
+    assert (
+        max(counts.values()) / min(counts.values()) < 1.06 and counts["mamba_hubert"] == counts["mamba_hubert_causal"]
+    )
+    tiny = {name: HubertEncoder(size_config(name, "tiny")).parameter_counts()["encoder"] for name in FAMILIES}
+    assert max(tiny.values()) / min(tiny.values()) > 1.3  # what "matched" is for
+
+
 def test_causal_front_end_is_an_option(no_weights: Path) -> None:
     as_published = load_upstream("mamba_hubert_causal", size="test", random=0, causal_front_end=False)
     assert as_published.info.lookahead_samples is None
