@@ -221,7 +221,7 @@ class Finetuning:
         outputs = self.model(padded, lengths)
         names = [self._train[row].id for row in rows]
         batch: Batch = collate(names, outputs.num_frames, [{"tokens": self._targets[row]} for row in rows])
-        loss: Tensor = self.model.head.loss(outputs, batch)  # type: ignore[operator]
+        loss: Tensor = self.model.head.loss(outputs, batch)
         return loss
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Audio decoded in processes of their own: many threads of one interpreter wait for each other and for the encoder's.
 
-A file of three seconds takes a millisecond to decode and 0.2 ms of interpreter: sixteen threads do not get past one core's worth
-of the latter. A worker shares a piece of memory with this process, reads requests from its input and answers on its output, a line
-of JSON each. `python -m superb_probe.probes.store_decode FD` is what it runs; it imports no torch.
+Opening a file and taking its samples over holds the interpreter for a part of the millisecond that three seconds of FLAC take, and so
+does every operation of the encoder's thread. A worker shares a piece of memory with this process, reads requests from its input and
+answers on its output, a line of JSON each. `python -m superb_probe.probes.store_decode FD` is what it runs; it imports no torch.
 """
 
 from __future__ import annotations

@@ -339,10 +339,8 @@ class Extractor:
             return self.upstream.extract(loaded.waves)
         current = torch.cuda.current_stream(self.device)
         current.wait_event(loaded.arrived)
-        for tensor in (
-            loaded.padded,
-            loaded.lengths,
-        ):  # taken from another stream's memory: not reused before this one is done
+        # memory of the other stream: it is not used again before this one is done
+        for tensor in (loaded.padded, loaded.lengths):
             tensor.record_stream(current)
         with torch.inference_mode():
             return self.upstream(loaded.padded, loaded.lengths)  # type: ignore[no-any-return]
@@ -413,7 +411,7 @@ class Encoding:
         loaded = self._loaded
         if self._keeping.view == "frames":
             frames, width, layers = loaded.frames, packed.shape[-1], self._info.num_layers
-            parts = packed.split([layers * count for count in frames])
+            parts = torch.split(packed, [layers * count for count in frames])
             return [part.view(layers, count, width) for part, count in zip(parts, frames, strict=True)]
         starts = itertools.accumulate(loaded.pieces, initial=0)
         return [

@@ -71,12 +71,12 @@ def draw_analysis(
             f"--figure {path}: the picture is written as PNG and SVG. Fix: a name ending in .png or .svg."
         )
     wanted = {"units": ("units",), "robustness": ("units",), "cca": ("cca",), "disentangle": ("disentangle",)}.get(kind)
-    used = [each for each in records if wanted is None or each.analysis in wanted]
+    used = _latest([each for each in records if wanted is None or each.analysis in wanted])
     groups: dict[tuple[str, ...], list[AnalysisRecord]] = {}
-    for each in used:  # other speech is another figure
-        groups.setdefault(
-            (each.data.dataset, *sorted(v for k, v in each.data.digests.items() if k in ("train", "test"))), []
-        ).append(each)
+    for each in used:  # other speech is another figure, and so is another k-means
+        splits = sorted(digest for name, digest in each.data.digests.items() if name in ("train", "test"))
+        budget = str(each.settings.get("budget")) if wanted == ("units",) else ""
+        groups.setdefault((each.data.dataset, budget, *splits), []).append(each)
     makers: Mapping[str, Callable[[pd.DataFrame], list[_Axes]]] = {
         "units": _units, "robustness": _robustness, "cca": _cca, "disentangle": _disentangle, "page": _page,
     }  # fmt: skip
@@ -94,6 +94,17 @@ def draw_analysis(
             f"nothing to draw as {kind!r} in {len(records)} analysis records. Fix: `superb-probe analyze` first."
         )
     return written
+
+
+def _latest(records: Sequence[AnalysisRecord]) -> list[AnalysisRecord]:
+    """Of records that would be drawn as one line, the one that was finished last."""
+    found: dict[tuple[str, ...], AnalysisRecord] = {}
+    for each in records:
+        speech = (each.data.dataset, each.data.digests.get("train", ""), each.data.digests.get("test", ""))
+        key = (each.analysis, each.label, str(each.settings.get("budget")), *speech)
+        if key not in found or each.finished_at >= found[key].finished_at:
+            found[key] = each
+    return list(found.values())
 
 
 def _pick(table: pd.DataFrame, measure: str, **where: Any) -> pd.DataFrame:
@@ -273,7 +284,7 @@ def _draw_layers(axes: Any, panel: _Axes, looks: Mapping[str, Mapping[str, Any]]
             axes.fill_between(known["layer"].astype(int), known["ci95_low"].astype(float), known["ci95_high"].astype(float),
                               color=look["color"], alpha=0.12, linewidth=0)  # fmt: skip
     if panel.controls is not None and len(panel.controls):
-        label = "chance"
+        label = "control"
         for _, rows in panel.controls.groupby("upstream", sort=False):
             rows = rows.sort_values("layer")
             x, y = rows["layer"].astype(int).tolist(), rows["value"].tolist()
@@ -307,7 +318,7 @@ def _draw_changes(axes: Any, panel: _Axes, looks: Mapping[str, Mapping[str, Any]
         control = panel.controls[panel.controls["upstream"] == name] if panel.controls is not None else None
         if control is not None and len(control):
             by_change = control.set_index("change")["value"]
-            axes.plot(x, [by_change.get(each, math.nan) for each in changes], label="chance", color=_GREY, marker="_", markersize=5,
+            axes.plot(x, [by_change.get(each, math.nan) for each in changes], label="control", color=_GREY, marker="_", markersize=5,
                       linestyle="none", zorder=0)  # fmt: skip
     for at in range(1, len(changes)):
         axes.axvline(at - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)

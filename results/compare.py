@@ -26,6 +26,8 @@ from superb_probe.errors import RequestError
 from superb_probe.results.leaderboard import aggregate
 from superb_probe.results.record import RunRecord, read_items
 
+CONTROLS = ("shuffle",)
+
 Floats = NDArray[np.float64]
 Items = Mapping[str, Sequence[Any] | NDArray[Any]]
 DRAWS = 10_000
@@ -385,20 +387,22 @@ def pairs(records: Sequence[RunRecord], task: str, a: str, b: str) -> list[tuple
     Args:
         records: any mix.
         task: its name.
-        a: an upstream's name, or name@revision where it has several.
+        a: an upstream's name, or name@revision where it has several; with `:shuffle` after it, its probes on shuffled labels.
         b: the other.
 
     Raises:
         RequestError: when an upstream has no result, several revisions, or none comparable with the other's.
     """
-    table, _, _ = aggregate(record for record in records if record.task.name == task and record.probe.control is None)
+    table, _, _ = aggregate(record for record in records if record.task.name == task)
     sides = []
-    for name in (a, b):
-        rows = [row for row in table.to_dict("records") if _is(row, name)]
+    for side in (a, b):
+        name, control = split_control(side)
+        rows = [row for row in table.to_dict("records") if _is(row, name) and (row["control"] or None) == control]
         found = sorted({str(row["revision"]) for row in rows})
         if not rows:
             known = ", ".join(sorted(set(table["upstream"]))) or "none"
-            raise RequestError(f"{task}: no result of {name}. Known: {known}.")
+            kind = f" under the control {control!r}" if control else ""
+            raise RequestError(f"{task}: no result of {name}{kind}. Known: {known}.")
         if len(found) > 1:
             raise RequestError(
                 f"{task}: {name} has several revisions. Fix: one of {', '.join(f'{name}@{each}' for each in found)}."
@@ -429,6 +433,16 @@ def pairs(records: Sequence[RunRecord], task: str, a: str, b: str) -> list[tuple
             f"{task}: {a} and {b} have no results under the same protocol, budget, data and head. Fix: run them alike."
         )
     return matched  # type: ignore[return-value]
+
+
+def split_control(side: str) -> tuple[str, str | None]:
+    """An upstream as `compare` names it, and the control whose probes are meant.
+
+    >>> split_control("fbank:shuffle"), split_control("hf:org/name")
+    (('fbank', 'shuffle'), ('hf:org/name', None))
+    """
+    name, _, control = side.rpartition(":")
+    return (name, control) if name and control in CONTROLS else (side, None)
 
 
 def _is(row: Mapping[Any, Any], name: str) -> bool:

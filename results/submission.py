@@ -207,8 +207,8 @@ def _search(items: Items) -> bytes:
             decision = "YES" if float(score) > YES_ABOVE else "NO"
             ElementTree.SubElement(listed, "term", {**place, "score": score, "decision": decision})
     ElementTree.indent(root)
-    text: bytes = ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True)
-    return text + b"\n"
+    written: bytes = ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True)
+    return written + b"\n"
 
 
 COLUMN = {"ks": "keyword", "sid": "speaker", "er": "emotion"}

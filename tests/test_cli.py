@@ -35,10 +35,13 @@ COMMANDS = (
     "import",
     "export",
     "submit",
+    "pretrain",
+    "finetune",
     "store",
     "bench",
-    "finetune",
     "stream",
+    "analyze",
+    "align",
     "doctor",
 )
 Printed = Callable[[], tuple[str, str]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,32 @@ def test_other_encoders_and_characters_are_refused(
     assert "no HuBERT of this project" in capsys.readouterr().err
     with pytest.raises(RequestError, match="no finetuned.json"):
         recogniser_of_folder(tmp_path)
+
+
+def test_the_grid_of_comparisons_asks_for_equal_budgets(tmp_path: Path) -> None:
+    """Cells differ in what they compare and in nothing else; an update of documents holds as much audio as one of utterances."""
+    place = Path(__file__).resolve().parents[1] / "tools" / "finetune_grid.py"
+    if not place.is_file():
+        pytest.skip("not a checkout")
+    spec = importlib.util.spec_from_file_location("finetune_grid", place)
+    assert spec is not None and spec.loader is not None
+    grid = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(grid)
+    manifests = grid.mini_manifests()
+    assert {row.labels["speaker"] for row in manifests["train"]}.isdisjoint(manifests["test"].labels("speaker"))
+    args = argparse.Namespace(
+        plan="length", document_column=None, manifest=None, batch=16, steps=100, lr=1e-3, precision="float32", size="test",
+        head_width=8, frozen_share=None, device="cpu",
+    )  # fmt: skip
+    asked = {
+        name: grid.request(args, cell, manifests, None, 1, tmp_path) for name, cell in grid.CELLS["length"].items()
+    }
+    for family in ("mamba", "transformer"):
+        short, whole = asked[f"{family}, utterance"].recipe, asked[f"{family}, document"].recipe
+        documents = len({row.labels["speaker"] for row in manifests["train"]})
+        assert whole.batch * len(manifests["train"]) / documents == pytest.approx(short.batch, rel=0.02)
+        assert (short.steps, short.lr, short.seed) == (whole.steps, whole.lr, whole.seed)
+    args.plan = "causal"
+    for name, cell in grid.CELLS["causal"].items():
+        encoder = load_upstream(cell["upstream"], size="test", random=0, **cell["upstream_options"])
+        assert (encoder.info.lookahead_samples == 0) == ("strict" in name)

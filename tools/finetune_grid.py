@@ -122,9 +122,10 @@ def request(
     context = cell.get("context", "utterance")
     column = args.document_column or ("speaker" if args.manifest is None else None)
     batch = args.batch
-    if context == "document":  # as much audio in an update
-        train = manifests["train"]
-        batch = max(1, round(batch * len(passages(train, context, column)) / len(train)))
+    if args.plan == "length":  # an update holds whole documents, and as many utterances as are in so many
+        a_document = len(manifests["train"]) / len(passages(manifests["train"], "document", column))
+        documents = max(1, round(batch / a_document))
+        batch = documents if context == "document" else round(documents * a_document)
     recipe = FinetuneRecipe(
         steps=args.steps, lr=args.lr, batch=batch, frozen_share=frozen, precision=args.precision, seed=seed,
         evaluate_every=max(1, args.steps // 10),

@@ -84,7 +84,9 @@ def real_rows(corpora: Path, name: str) -> list[dict[str, str]]:
 def write_kept_out(corpora: Path, target: Path) -> None:
     """A manifest of every dev and test utterance of the corpora, with voices and texts as `superb-probe pretrain` compares them."""
     with target.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)
+        writer = csv.DictWriter(
+            file, COLUMNS, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None
+        )
         writer.writeheader()
         for name in (*CORPORA, *KEPT_OUT_ONLY):
             for row in real_rows(corpora, name):
@@ -263,7 +265,9 @@ def main() -> None:
     for row in rows:
         hours[row["corpus"]] += float(row["duration_s"]) / 3600
     with (arguments.out / "train.tsv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)
+        writer = csv.DictWriter(
+            file, COLUMNS, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None
+        )
         writer.writeheader()
         writer.writerows(rows)
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())

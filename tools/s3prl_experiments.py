@@ -244,11 +244,15 @@ def arrange_queries(folder: Path) -> tuple[list[list[str]], str]:
             )
             for u in documents[:num_queries]
         ]
-        manifest = Manifest([*queries, *documents], fold.manifests[split].root, split)
-        paths[split] = folder / "manifests" / f"{split}.tsv"
-        manifest.write(paths[split])
+        chosen = Manifest([*queries, *documents], fold.manifests[split].root, split)
         data = folder / "corpus" / split
-        bench_corpus.write_wavs(manifest, data, lambda utterance: f"Audio/{utterance.id}.wav")
+        samples = bench_corpus.write_wavs(chosen, data, lambda utterance: f"Audio/{utterance.id}.wav")
+        # the files that s3prl reads, 16 bits a sample
+        written = [
+            replace(u, audio=f"{split}/Audio/{u.id}.wav", start_s=0.0, duration_s=samples[u.id] / 16000) for u in chosen
+        ]
+        paths[split] = folder / "manifests" / f"{split}.tsv"
+        Manifest(written, folder / "corpus", split).write(paths[split])
         (data / "scoring").mkdir()
         for name, rows in ((theirs, queries), ("utterances", documents)):
             lines = "".join(f"quesst14Database/Audio/{u.id}.wav nnenglish\n" for u in rows)
@@ -262,7 +266,7 @@ def arrange_queries(folder: Path) -> tuple[list[list[str]], str]:
             place.mkdir(parents=True)
             common = ["-m", "evaluate", "-t", split, "-d", "quesst14_dtw", "-c", str(config), "-p", str(place)]
             commands.append([*common, "-l", str(layer)])
-    return commands, _told(fold.manifests["test"].root, paths)
+    return commands, _told(folder / "corpus", paths)
 
 
 ARRANGED: dict[str, Callable[[Path], tuple[list[list[str]], str]]] = {

@@ -121,6 +121,15 @@ def _function(name: str, entry: str, macros: tuple[tuple[str, int], ...], device
     return function
 
 
+@functools.cache
+def _context(device: int) -> ctypes.c_void_p:
+    """The context that torch works in on a device."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check_driver(_driver().cuDeviceGet(ctypes.byref(handle), device), "context")
+    _check_driver(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "context")
+    return context
+
+
 def _check_driver(status: int, name: str) -> None:
     if status:
         text = ctypes.c_char_p()
@@ -160,6 +169,8 @@ def launch(
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):
+        # A thread of autograd may not have used the device yet: then no context is current in it.
+        _check_driver(_driver().cuCtxSetCurrent(_context(index)), name)
         function = _function(name, entry, tuple(sorted(macros.items())), index)
         if shared_bytes:
             _check_driver(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes), name)

@@ -50,7 +50,8 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def prefers_onednn() -> bool:
     """Whether oneDNN is the faster of torch's two libraries here: AVX-512 on a processor that is not Intel's."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    if not available or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -244,7 +244,7 @@ def scan_arguments(
 
 def mix_both(ahead: Mamba, back: Mamba, x: Tensor, num_frames: Tensor | None) -> Tensor:
     """The sum of a mixer forwards in time and one backwards, (B, T, D); on a GPU without gradients, both scans in one launch."""
-    if not x.is_cuda or torch.is_grad_enabled():
+    if not can_run(x.device, x.dtype) or torch.is_grad_enabled():
         return ahead(x, num_frames) + back(x, num_frames)  # type: ignore[no-any-return]
     x = zero_padding(x, num_frames)
     scans = []
@@ -252,12 +252,11 @@ def mix_both(ahead: Mamba, back: Mamba, x: Tensor, num_frames: Tensor | None) ->
         hidden, gate = mixer.in_proj(x).chunk(2, dim=-1)
         parts = (mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.A_log, mixer.D)
         scans.append(scan_arguments(hidden, gate, *parts, mixer.reverse, num_frames))
-    found = selective_scan_both(*scans)
-    if found is None:
-        found = tuple(
-            selective_scan(**each, reverse=reverse)[0] for each, reverse in zip(scans, (False, True), strict=True)
-        )
-    return ahead.out_proj(found[0].transpose(1, 2)) + back.out_proj(found[1].transpose(1, 2))  # type: ignore[no-any-return]
+    first, second = selective_scan_both(*scans) or (
+        selective_scan(**scans[0])[0],
+        selective_scan(**scans[1], reverse=True)[0],
+    )
+    return ahead.out_proj(first.transpose(1, 2)) + back.out_proj(second.transpose(1, 2))  # type: ignore[no-any-return]
 
 
 class InnBiMamba(nn.Module):
@@ -451,7 +450,7 @@ class MambaLayer(nn.Module):
         if self.layer_type == "inn_bi_mamba":
             return self.bimamba(x, frames)  # type: ignore[no-any-return]
         if self.layer_type == "ext_bi_mamba":
-            return mix_both(self.mamba, self.mamba_rev, x, frames)
+            return mix_both(self.mamba, self.mamba_rev, x, frames)  # type: ignore[arg-type]
         return self.mamba(x, frames)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, num_frames: Tensor | None, padded_frames: Tensor | None) -> Tensor:

@@ -83,8 +83,8 @@ def selective_scan(
     )
     chosen = choose_backend(backend, u, delta, A, B, C, D, z, delta_bias, initial_state)
     if chosen != "plain":
-        inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        return _other_scan(chosen)(*inputs, reverse=reverse, num_frames=num_frames, initial_state=initial_state)
+        positional = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return _other_scan(chosen)(*positional, reverse=reverse, num_frames=num_frames, initial_state=initial_state)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = u.new_zeros(u.shape[0], u.shape[1], B.shape[1])

@@ -68,7 +68,8 @@ def selective_scan_cpu(
     d, bias = (None if x is None else x.float() for x in (d, delta_bias))
     initial = None if initial_state is None else initial_state.float().transpose(1, 2)
     lengths = None if num_frames is None else num_frames.to(torch.int64).contiguous()
-    y, last = _Scan.apply(*sequences, decays, d, bias, initial, lengths, delta_softplus, reverse)
+    options = delta_softplus, reverse, torch.is_grad_enabled()
+    y, last = _Scan.apply(*sequences, decays, d, bias, initial, lengths, *options)  # type: ignore[no-untyped-call]
     return y.to(u.dtype).transpose(1, 2), last.transpose(1, 2)
 
 
@@ -77,14 +78,15 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        u, delta, b, c, z, a, d, bias, initial, lengths, softplus, reverse = inputs
-        u, delta, b, c, z = (None if x is None else innermost(x) for x in (u, delta, b, c, z))
-        a, d, bias, initial = (None if x is None else x.contiguous() for x in (a, d, bias, initial))
+        *tensors, lengths, softplus, reverse, recorded = inputs
+        u, delta, b, c, z = (None if x is None else innermost(x) for x in tensors[:5])
+        a, d, bias, initial = (None if x is None else x.contiguous() for x in tensors[5:])
+        assert u is not None and b is not None
         batch, frames, width = u.shape
         states = b.shape[2]
         y, last = u.new_empty(batch, frames, width), u.new_empty(batch, states, width)
         kept = None
-        if any(ctx.needs_input_grad):
+        if recorded and any(ctx.needs_input_grad):  # parameters need gradients under no_grad as well
             kept = u.new_empty(batch, -(-frames // KEPT_FRAMES), states, width)
             ctx.save_for_backward(u, delta, b, c, z, a, d, bias, initial, lengths, kept)
             ctx.options = softplus, reverse
@@ -123,6 +125,7 @@ class _Scan(torch.autograd.Function):
             None if d is None else grad_d.sum(0),
             None if bias is None else grad_bias.sum(0),
             None if initial is None else grad_initial,
+            None,
             None,
             None,
             None,

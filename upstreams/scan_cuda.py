@@ -1,8 +1,9 @@
 """The selective scan on an NVIDIA GPU, forward and backward: one launch, or three when time is split to fill the chip.
 
-Kernels in `scan_forward.cu`. What bounds it: one exponential a channel, state and frame, on units that do 16 a clock and processor;
-everything else is arranged to stay under that. Few rows leave processors idle, so time is then cut in chunks: every chunk's last
-state from zero, a pass that carries states from chunk to chunk, and the chunks again from their true states.
+Kernels in `scan_forward.cu` and `scan_backward.cu`. What bounds the forward pass: one exponential a channel, state and frame, on
+units that do 16 a clock and processor; everything else is arranged to stay under that. Few rows leave processors idle, so time is
+then cut in chunks: every chunk's last state from zero, a pass that carries states from chunk to chunk, and the chunks again from
+their true states. Two scans of one shape, one forwards in time and one backwards, can share a launch (`selective_scan_both`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from superb_probe.upstreams.cuda_kernels import KINDS, can_run, in_pairs, launch
 SOURCE = "scan_forward.cu"
 GRADIENT_SOURCE = "scan_backward.cu"
 MAX_STATES = 64
+MAX_SHARED_BYTES = 48 * 1024  # of a block of the forward pass, which declares its shared memory
 NAMES = ("U", "DELTA", "B", "C", "Z")
 LANE_STATES = 12  # states of all its channels that a lane holds, where a group of eight lanes is enough
 RESIDENT = 5  # blocks of a processor: so all of batch 16 runs at once
@@ -53,6 +55,13 @@ class Split:
     resident: int = 1
     tile: int = 8
     unroll: int = 2
+
+    def shared_bytes(self, states: int) -> int:
+        """Memory that a block shares, in two halves: step sizes and drives, B and C, shares of y; as `Shared` of the source."""
+        sets = self.threads // self.group
+        staged = sets * 2 * self.channels
+        weights = self.group * 2 * -(-states // self.group)
+        return 4 * 2 * self.tile * (staged + weights + sets * self.channels + 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +153,8 @@ def choose_split(batch: int, width: int, frames: int, states: int, pairs: bool, 
     channels = 2 if pairs else 1
     group = min(8, 1 << (-(-states * channels // LANE_STATES) - 1).bit_length())
     split = Split(channels, group, 1, resident=RESIDENT if channels * -(-states // group) <= LANE_STATES else 2)
+    while split.shared_bytes(states) > MAX_SHARED_BYTES:
+        split = dataclasses.replace(split, threads=split.threads // 2)
     blocks = batch * -(-width // (split.threads // group * channels))
     places = processors * split.resident
     chunks = min(places // blocks, frames // MIN_CHUNK_FRAMES) if places // blocks >= WORTH_SPLITTING else 1
@@ -219,10 +230,8 @@ def selective_scan_both(ahead: Mapping[str, Any], back: Mapping[str, Any]) -> tu
         "num_frames",
         "initial_state",
     )
-    scans = [
-        _Inputs.of(*({**each, "reverse": bool(place)}.get(name) for name in order))
-        for place, each in enumerate((ahead, back))
-    ]
+    given: list[dict[str, Any]] = [{**ahead, "reverse": False}, {**back, "reverse": True}]
+    scans = [_Inputs.of(*[each.get(name) for name in order]) for each in given]  # type: ignore[arg-type]
     split = scans[0].split(2)
     same = all(a is not None and a.shape == b.shape for a, b in zip(scans[0][:5], scans[1][:5], strict=True))
     macros = [{**each.forward_macros(split), "REVERSE": 0, "PAIRS": int(each.pairs())} for each in scans]

@@ -1,7 +1,7 @@
 // Forward selective scan of Mamba-1 (Gu and Dao 2023, arXiv 2312.00752), compiled at run time for the shapes it meets.
 //
 // The recurrence costs an exponential a channel, state and frame, on units that do 16 a clock and processor: all else is kept off it.
-// A block has WIDTH_PAIRS sets of CHANNELS neighbouring channels and goes through time in tiles of TILE frames:
+// A block has SETS sets of CHANNELS neighbouring channels and goes through time in tiles of TILE frames:
 //   stage   each thread reads, a tile ahead, a few frames of one set of channels, and puts their step sizes (after softplus) and
 //           drives (step u) into shared memory as floats; B and C go there too;
 //   scan    GROUP lanes share a set's states, each keeps STATES of them in registers and reads what was staged as broadcasts;

@@ -13,6 +13,7 @@ from torch import Tensor
 from superb_probe.bench_machine import describe_machine
 from superb_probe.bench_race import cost, machine_peaks, race
 from superb_probe.engine_ask import choose_device
+from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.hubert_upstream import HubertUpstream
 from superb_probe.upstreams.load import DTYPES, load_upstream
 from superb_probe.upstreams.macs import hubert_macs
@@ -71,25 +72,30 @@ def _encoders(
         upstream = load_upstream(name, size=args.size, random=1, dtype=args.dtype, device=str(device))
         encoders[name] = upstream
         config = upstream.encoder.config if isinstance(upstream, HubertUpstream) else None
-        operations[name] = lambda samples, config=config: 0 if config is None else 2 * hubert_macs(config, samples)
+        operations[name] = functools.partial(_operations, config)
     if args.peer:
         from superb_probe.upstreams.sizes import size_config
 
         model, dtype = hubert_of_transformers(args.size, args.dtype).to(device), DTYPES[args.dtype]
         encoders[PEER] = lambda wavs, lengths: model(wavs.to(dtype), output_hidden_states=True)
         peer_config = size_config("transformer_hubert", args.size)
-        operations[PEER] = lambda samples: 2 * hubert_macs(peer_config, samples)
+        operations[PEER] = functools.partial(_operations, peer_config)
     return encoders, operations
+
+
+def _operations(config: HubertConfig | None, samples: int) -> int:
+    return 0 if config is None else 2 * hubert_macs(config, samples)
 
 
 def hubert_of_transformers(size: str, dtype: str) -> Any:
     """A HubertModel of transformers, of the shape of `transformer_hubert`, with random weights."""
-    from transformers import HubertConfig, HubertModel
+    from transformers import HubertConfig as PeerConfig
+    from transformers import HubertModel
 
     from superb_probe.upstreams.sizes import size_config
 
     ours = size_config("transformer_hubert", size)
-    config = HubertConfig(
+    config = PeerConfig(
         hidden_size=ours.dim,
         num_hidden_layers=ours.num_layers,
         num_attention_heads=ours.num_heads,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from superb_probe.upstreams.scan import choose_backend, mamba_ssm_scan, selectiv
 from superb_probe.upstreams.transformer import TransformerLayer
 
 PARTS = ("scan", "scan-gradients", "block", "block-gradients")
-SHAPES = {
+SHAPES: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     "cuda": {
         "scan": ((16, 1500), (64, 1500), (1, 15_000), (1, 60_000)),
         "scan-gradients": ((16, 1500), (1, 60_000)),
@@ -79,7 +80,7 @@ def shapes_of(part: str, device: torch.device, asked: list[str] | None) -> list[
     """
     if not asked:
         return list(SHAPES[device.type][part])
-    shapes = []
+    shapes: list[tuple[int, int]] = []
     for text in asked:
         batch, _, frames = text.partition("x")
         if not (batch.isdigit() and frames.isdigit() and int(batch) and int(frames)):
@@ -122,7 +123,7 @@ def _scan_runs(batch: int, frames: int, dtype: torch.dtype, device: torch.device
     for backend in ("plain", "cpu", "cuda"):
         slow = device.type == "cuda" and (gradients or batch > PLAIN_SHAPE[0] or frames > PLAIN_SHAPE[1])
         if not (slow and backend == "plain") and _can_run(backend, values):
-            scans[backend] = lambda *x, name=backend: selective_scan(*x, True, backend=name)[0]
+            scans[backend] = functools.partial(_scan_by, backend)
     peer = mamba_ssm_scan() if device.type == "cuda" else None
     if peer is not None:
         scans["mamba_ssm"] = lambda *x: peer(*x, True)
@@ -131,13 +132,18 @@ def _scan_runs(batch: int, frames: int, dtype: torch.dtype, device: torch.device
     outputs: Runs = {}
     for name, scan in scans.items():
         inputs = dense if name in ("mamba_ssm", "reference loop") else values
-        outputs[name] = lambda scan=scan, inputs=inputs: scan(*inputs)
+        outputs[name] = functools.partial(scan, *inputs)
     if not gradients:
         return outputs, outputs
     return {
         name: _with_gradients(scan, dense if name in ("mamba_ssm", "reference loop") else values)
         for name, scan in scans.items()
     }, outputs
+
+
+def _scan_by(backend: str, *values: Tensor) -> Tensor:
+    u, delta, a, b, c, d, z, bias = values
+    return selective_scan(u, delta, a, b, c, d, z, bias, True, backend=backend)[0]
 
 
 def _can_run(backend: str, values: list[Tensor]) -> bool:
@@ -200,12 +206,12 @@ def _block_runs(
     x = torch.randn(batch, frames, DIM, device=device).to(dtype)
     blocks: dict[str, Callable[[Tensor], Tensor]] = {"ours": block}
     blocks |= _peer_blocks(block, frames, gradients)
-    outputs: Runs = {name: lambda each=each: each(x) for name, each in blocks.items()}
+    outputs: Runs = {name: functools.partial(each, x) for name, each in blocks.items()}
     products = _Products(block)
     blocks["matrix products"] = products
     if not gradients:
         blocks["Transformer layer"] = _transformer_layer(device, dtype)
-        return {name: lambda each=each: each(x) for name, each in blocks.items()}, outputs
+        return {name: functools.partial(each, x) for name, each in blocks.items()}, outputs
     runs: Runs = {}
     for name, each in blocks.items():
         parameters = list(each.parameters()) if isinstance(each, nn.Module) else list(block.parameters())
@@ -240,7 +246,7 @@ class _Products(nn.Module):
 
 def _transformer_layer(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     layer = TransformerLayer(DIM, 12, 4 * DIM).to(device, dtype)
-    return lambda x: layer(x, None, None)  # type: ignore[no-any-return]
+    return functools.partial(layer, num_frames=None, padded_frames=None)
 
 
 def _peer_blocks(block: Mamba, frames: int, gradients: bool) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -276,7 +282,7 @@ def _block_of_transformers(weights: dict[str, Tensor]) -> nn.Module:
     config = MambaConfig(hidden_size=DIM, state_size=STATES, expand=EXPAND, num_hidden_layers=1)
     mixer = MambaMixer(config, layer_idx=0)
     mixer.load_state_dict(weights)
-    return mixer.eval().to(weights["D"].dtype)  # type: ignore[no-any-return]
+    return mixer.eval().to(weights["D"].dtype)
 
 
 class _WithReferenceScan(nn.Module):

@@ -19,7 +19,7 @@ from superb_probe.bench_machine import describe_machine, synchronize, timed
 from superb_probe.bench_ours import OursJob, run_ours
 from superb_probe.bench_probing import SUPERB_SIZES
 from superb_probe.downstreams.load import load_task
-from superb_probe.downstreams.manifest import Manifest
+from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.engine_ask import choose_device
 from superb_probe.engine_record import exact_arithmetic, now
 from superb_probe.errors import RequestError
@@ -112,14 +112,14 @@ def encoder_pass(upstream: Upstream, manifests: Sequence[Manifest], device: torc
     """Seconds of one pass of the encoder alone, audio decoded and on the device before the clock starts."""
     upstream.to(device)
     keeping = FeatureStore().keeping
-    utterances, waves = [], []
+    utterances: list[Utterance] = []
+    waves: list[list[torch.Tensor]] = []
     for manifest in manifests:
         extractor = Extractor(upstream, manifest.root, keeping)
         batches = duration_batches(manifest, BATCH_S[device.type])
         with ThreadPoolExecutor(extractor.workers) as pool:
-            for batch, found in zip(batches, pool.map(extractor.read, batches), strict=True):
-                waves.append([wave.to(device) for wave in found])
-                utterances += batch
+            waves += [[wave.to(device) for wave in found] for found in pool.map(extractor.read, batches)]
+        utterances += list(manifest)
     with exact_arithmetic(device):
         for warm in (waves[0], waves[-1]):
             upstream.extract(warm)

@@ -21,7 +21,7 @@ TITLES = {
 def machine_line(result: Mapping[str, Any]) -> str:
     """The machine, its measured peaks, torch and the commit, in one line."""
     machine, peaks = result["machine"], result.get("peaks", {})
-    name = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} threads"
+    name = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, threads: {machine['threads']}"
     parts = [name, f"torch {machine['versions']['torch']}", f"commit {machine['commit']}"]
     if peaks.get("copy_bytes_per_s"):
         parts.append(f"copy {peaks['copy_bytes_per_s'] / 1e9:.0f} GB/s")

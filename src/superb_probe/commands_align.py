@@ -87,7 +87,11 @@ def write_alignments(args: argparse.Namespace) -> int:
     if args.json:
         print_json(summary)
     else:
-        lines = [*map(str, files), f"{summary['aligned']} of {utterances} utterances aligned, {found.backend}, mean log probability "
-                 f"of a frame {found.mean_log_probability:.3f}", *found.problems]  # fmt: skip
+        done = f"{summary['aligned']} of {utterances} utterances aligned, {found.backend}"
+        lines = [
+            *map(str, files),
+            f"{done}, mean log probability of a frame {found.mean_log_probability:.3f}",
+            *found.problems,
+        ]
         print("\n".join(lines))
     return 1 if found.problems else 0

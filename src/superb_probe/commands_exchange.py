@@ -31,7 +31,7 @@ def add_commands(subparsers: Any) -> None:
     submit = subparsers.add_parser(
         "submit",
         help="the prediction files that SUPERB's site takes, from records",
-        description="Write predict/<task>_public/predict.* and predict.zip from the items of records on the published corpora.",
+        description="Write predict/<task>_public/... and predict.zip from the items of records on the published corpora.",
         epilog="examples:\n  superb-probe submit results/runs/*/hubert_base/best-*.json --out submission",
     )
     submit.add_argument("record", nargs="+", type=Path, metavar="RECORD", help="one .json file a task (er: a fold)")
@@ -43,13 +43,20 @@ def _add_import(subparsers: Any) -> None:
     taking = subparsers.add_parser(
         "import",
         help="an experiment of s3prl as a record",
-        description="Read an experiment folder of s3prl 0.4.18 (pr, asr, ks, sid, asv, ic, er) into a record marked as imported, and "
-        "score its head again here where its encoder and data are at hand; 1 when that gives another number.",
+        description="Read an experiment folder of s3prl 0.4.18 (any of SUPERB's ten tasks) into a record marked as imported, and "
+        "score its head again here where its encoder and data are at hand; 1 when that gives another number. SD and QbE "
+        "need the data: their folders do not hold what is right.",
         epilog="examples:\n  superb-probe import s3prl result/downstream/ic --data fluent_speech_commands=/corpora/fsc\n"
-        "  superb-probe import s3prl result/downstream/pr/states-100000.ckpt --manifest train=a.tsv dev=b.tsv test=c.tsv",
+        "  superb-probe import s3prl result/downstream/pr/states-100000.ckpt --manifest train=a.tsv dev=b.tsv test=c.tsv\n"
+        "  superb-probe import s3prl result/downstream/qbe --data quesst14=/corpora/quesst14   # a folder each layer and split",
     )
     taking.add_argument("tool", choices=("s3prl",))
-    taking.add_argument("experiment", type=Path, metavar="EXPDIR", help="the folder, or one of its checkpoints")
+    taking.add_argument(
+        "experiment",
+        type=Path,
+        metavar="EXPDIR",
+        help="the folder, or one of its checkpoints; of QbE, the folder of its evaluations",
+    )
     taking.add_argument("--out", type=Path, default=Path("results/runs"), metavar="DIR", help="default: %(default)s")
     taking.add_argument("--data", nargs="+", default=[], metavar="NAME=DIR", help="the corpus, as for run; or mini")
     taking.add_argument("--manifest", nargs="+", default=[], metavar="SPLIT=TSV", help="your own data, as for run")

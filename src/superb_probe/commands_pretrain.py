@@ -170,7 +170,8 @@ def _job(args: argparse.Namespace, recipe: Recipe, clips: Clips, world: World, l
         "machine": f"{world.size} x {machine}, torch {torch.__version__}",
         "command": shlex.join(["superb-probe", *sys.argv[1:]]),
     }
-    description = {"trained_on": list(clips.facts["corpora"]), "license": args.license, "metadata": metadata}
+    trained_on = ["mini (train)" if name == "mini" else name for name in clips.facts["corpora"]]
+    description = {"trained_on": trained_on, "license": args.license, "metadata": metadata}
     folder = args.cache or args.out / "clips"
     return Job(
         args.encoder,

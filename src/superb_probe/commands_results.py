@@ -91,10 +91,11 @@ def _add_compare(subparsers: Any) -> None:
         description="Paired tests on stored per-item outcomes, corrected for the number of tests (Holm); says when it cannot tell.",
         epilog="examples:\n"
         "  superb-probe compare asv fbank mamba_hubert\n"
-        "  superb-probe compare all fbank hubert_base@sha256:9b1e --json",
+        "  superb-probe compare all fbank hubert_base@sha256:9b1e --json\n"
+        "  superb-probe compare all fbank:shuffle fbank",
     )
     compare.add_argument("task", metavar="TASK", help="a task, several joined by commas, or all")
-    compare.add_argument("a", metavar="A", help="an upstream, or NAME@REVISION")
+    compare.add_argument("a", metavar="A", help="an upstream, or NAME@REVISION; NAME:shuffle is its control")
     compare.add_argument("b", metavar="B", help="the other")
     _add_runs(compare)
     compare.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -230,7 +231,10 @@ def _citations(records: list[RunRecord]) -> str:
     for record in records:
         name, task = record.upstream.name, record.task.name
         if task not in found:
-            found[task] = load_task(task).info.citation
+            try:
+                found[task] = load_task(task).info.citation
+            except RequestError:  # a task of somebody's own that is not here
+                found[task] = ""
         if name not in found:
             found[name] = _upstream_citation(name)
         dataset = record.task.dataset
@@ -241,9 +245,11 @@ def _citations(records: list[RunRecord]) -> str:
 
 
 def _upstream_citation(name: str) -> str:
-    """What an upstream declares; "" where it cannot be built here (a checkpoint or a file of another machine)."""
+    """What an upstream declares; "" for one that only a network, a checkpoint or somebody's file gives (`hf:`, `./mine.py:`)."""
     from superb_probe.upstreams.load import load_upstream
 
+    if ":" in name:
+        return ""
     for options in ({"size": "test", "random": 0}, {}):
         try:
             return str(load_upstream(name, **options).info.citation)  # type: ignore[arg-type]
@@ -271,16 +277,20 @@ def write_comparison(args: argparse.Namespace) -> int:
     import dataclasses
 
     from superb_probe.downstreams.load import load_task
-    from superb_probe.results.compare import compare_items, holm, load_items, pairs
+    from superb_probe.results.compare import compare_items, holm, load_items, pairs, split_control
 
     wanted = None if args.task == "all" else args.task.split(",")
     records, problems = _records(args, wanted)
     by_id = {record.run_id: record for record in records}
     names = sorted({record.upstream.name for record in records})
-    real = [record for record in records if record.status == "finished" and record.probe.control is None]
     both = [
-        {record.task.name for record in real if record.upstream.name == name.partition("@")[0]}
-        for name in (args.a, args.b)
+        {
+            record.task.name
+            for record in records
+            if record.status == "finished"
+            and (record.upstream.name, record.probe.control) == (name.partition("@")[0], control)
+        }
+        for name, control in map(split_control, (args.a, args.b))
     ]
     tasks = wanted or sorted(both[0] & both[1])
     if not tasks:

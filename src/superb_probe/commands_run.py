@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,7 +181,7 @@ def slope_text(slope: float | None) -> str:
     >>> slope_text(-1.234), slope_text(None)
     ('-1.2', '-')
     """
-    return "-" if slope is None or slope != slope else f"{slope:+.1f}"
+    return "-" if slope is None or math.isnan(slope) else f"{slope:+.1f}"
 
 
 def _score(row: Mapping[Any, Any]) -> str:

@@ -35,7 +35,8 @@ FURTHEST = 10.0  # times the longest audio measured: beyond, a fit says nothing
 _SCANS = {"mamba": 1, "mamba2": 1, "ext_bi_mamba": 2, "inn_bi_mamba": 2, "transformer": 0}
 # arXiv 2506.12606, figure 1, read off its pixels: GMACs for a second of audio (+-0.1). ExtBiMamba's is of a 94 M model
 # whose widths are not published (reference: the released configuration has 147 M parameters).
-PAPER_PAPER_GMACS = {
+PAPER_LENGTHS_S = (5, 10, 20, 40, 80, 160, 320)
+PAPER_GMACS = {
     "mamba_hubert_causal": (6.1,) * 7,
     "mamba_hubert": (6.85,) * 7,
     "transformer_hubert": (7.25, 7.45, 7.9, 8.85, 10.75, 14.6, 22.2),

@@ -287,7 +287,7 @@ def by_length(items: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 def _wer(items: Sequence[Mapping[str, Any]]) -> float:
     """Word error rate in percent."""
-    return 100.0 * sum(item["edits"] for item in items) / sum(item["words"] for item in items)
+    return 100.0 * float(sum(item["edits"] for item in items) / sum(item["words"] for item in items))
 
 
 def _row(

@@ -29,6 +29,7 @@ FRAME_SAMPLES, HOP_SAMPLES = 400, 320
 MINI_TRAIN = ("read", "commands", "phrases", "words", "slots")
 MINI_HELD_OUT = "read.dev"
 _SILENCE = "_silence_"
+_DECODED_AT_ONCE = 512  # clips, which bounds memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Exclusion:
         reasons = [f"voice {voice}" for voice in item.voices if voice in self.voices]
         if item.text and normal_text(item.text) in self.texts:
             reasons.append(f"text {item.text!r}")
-        if file_digest(item.path) in self.files:
+        if self.files and file_digest(item.path) in self.files:
             reasons.append(f"file {item.utterance.audio}")
         return reasons
 
@@ -345,7 +346,9 @@ def corpus_hours(items: Sequence[Item]) -> dict[str, float]:
 def _decoded(items: Sequence[Item], measured: Sequence[Item]) -> Iterator[tuple[str, bool, NDArray[np.int16]]]:
     everything = [(item, False) for item in items] + [(item, True) for item in measured]
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda pair: read_waveform(pair[0].utterance, pair[0].root), everything)
-        for (item, held_out), wav in zip(everything, decoded, strict=True):
-            samples = np.clip(np.round(wav * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
-            yield f"{item.corpus}/{item.utterance.id}", held_out, samples
+        for start in range(0, len(everything), _DECODED_AT_ONCE):
+            chunk = everything[start : start + _DECODED_AT_ONCE]
+            decoded = pool.map(lambda pair: read_waveform(pair[0].utterance, pair[0].root), chunk)
+            for (item, held_out), wav in zip(chunk, decoded, strict=True):
+                samples = np.clip(np.round(wav * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+                yield f"{item.corpus}/{item.utterance.id}", held_out, samples

@@ -279,10 +279,11 @@ def recogniser_of_record(
     kind = getattr(torch, found.probe.feature_dtype, torch.float32)
 
     def read(states: Tensor) -> Tensor:
+        probe.to(states.device)
         states = read_states(states[:, None], found, kind)
         return (states[0] if probe.weighted_sum is None else probe.weighted_sum(states))[0]
 
-    tokens = tuple(str(token) for token in probe.head.tokens)  # type: ignore[arg-type, union-attr]
+    tokens = tuple(str(token) for token in probe.head.tokens)  # type: ignore[union-attr]
     silent = frozenset(probe.head.drop)  # type: ignore[arg-type]
     return upstream, Recogniser(read, probe.head, tokens, silent, found.task.name == "pr", str(record))
 

@@ -12,9 +12,11 @@ import soundfile
 import torch
 from torch import Tensor
 
+from superb_probe.downstreams import manifest as manifest_module
 from superb_probe.downstreams.audio import read_waveform
 from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.errors import CheckError, RequestError
+from superb_probe.probes import identity
 from superb_probe.probes import store as store_module
 from superb_probe.probes.store import FeatureStore, utterances_digest
 from superb_probe.upstreams.base import LayerStates
@@ -106,6 +108,46 @@ def test_changed_audio_under_the_same_manifest_is_another_store(toy: SimpleNames
     wav, rate = soundfile.read(tmp_path / manifest[0].audio)
     soundfile.write(tmp_path / manifest[0].audio, wav * 0.5, rate, subtype="PCM_16")
     assert built(tmp_path / "store", toy.Upstream(), manifest).folder != first.folder
+
+
+def test_weights_and_audio_are_hashed_again_only_when_they_changed(
+    toy: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy.write_corpus(tmp_path, {"train": 3})
+    manifest = Manifest.read(tmp_path / "train.tsv")
+    hashed, weigh, read = [], identity._weights_digest, manifest_module._hash_files
+    monkeypatch.setattr(identity, "_weights_digest", lambda each: hashed.append("weights") or weigh(each))
+    monkeypatch.setattr(manifest_module, "_hash_files", lambda keys: hashed.extend(keys) or read(keys))
+    upstream = toy.Upstream()
+    causes = [FeatureStore().causes(upstream, manifest) for _ in range(3)]
+    assert causes[0] == causes[1] == causes[2] and hashed.count("weights") == 1 and len(hashed) == 4
+    upstream.weight.data[0, 0, 0] += 1e-3
+    assert FeatureStore().causes(upstream, manifest)["weights"] != causes[0]["weights"]
+    assert hashed.count("weights") == 2 and len(hashed) == 5
+    path = tmp_path / manifest[0].audio
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert FeatureStore().causes(upstream, manifest)["audio"] != causes[0]["audio"] and len(hashed) == 6
+
+
+@pytest.mark.parametrize("change", ["doubled", "one bit", "two exchanged", "another type"])
+def test_a_fingerprint_shows_a_change_of_weights(change: str) -> None:
+    layer: Any = torch.nn.Linear(2048, 1024)
+    with torch.no_grad():
+        layer.weight.fill_(
+            0.5
+        )  # a sum of plain bits would not notice an exchange, nor 2**21 equal steps of one modulo 2**64
+        layer.weight[7, 7] = 0.25
+    before = identity.fingerprint(layer)
+    assert identity.fingerprint(layer) == before
+    if change == "doubled":
+        layer.weight.data.mul_(2.0)
+    elif change == "one bit":
+        layer.weight.data.view(torch.int32)[-1, -1] ^= 1
+    elif change == "two exchanged":
+        layer.weight.data[7, 7], layer.weight.data[900, 3] = 0.5, 0.25
+    else:
+        layer.bfloat16()
+    assert identity.fingerprint(layer) != before
 
 
 def interrupt_after(upstream: Any, calls: int) -> None:

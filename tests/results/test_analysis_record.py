@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,23 @@ def test_trained_encoders_are_not_called_random(tmp_path: Path) -> None:
 
 
 def test_other_speech_is_another_figure(tmp_path: Path) -> None:
-    import dataclasses
-
     other = dataclasses.replace(
         made_up(), analysis_id="a" * 12, data=dataclasses.replace(made_up().data, dataset="manifest:x")
     )
     files = draw_analysis([made_up(), other], "units", tmp_path / "u.png")
     assert [file.name for file in files] == ["u.png", "u.svg", "u.csv", "u_2.png", "u_2.svg", "u_2.csv"]
+
+
+def test_of_two_records_of_one_encoder_the_later_is_drawn(tmp_path: Path) -> None:
+    later = dataclasses.replace(made_up(), analysis_id="b" * 12, finished_at="2026-11-23T09:00:00Z")
+    later = dataclasses.replace(
+        later, measurements=tuple(dataclasses.replace(each, seeds=7) for each in later.measurements)
+    )
+    for records in ([made_up(), later], [later, made_up()]):
+        table = draw_analysis(records, "units", tmp_path / "u.png")[2].read_text().splitlines()
+        assert len(table) == len(later.measurements) + 1 and all(line.endswith(",7") for line in table[1:])
+    full = dataclasses.replace(made_up(), settings={"seeds": [1], "curve_seeds": 1, "budget": "full"})
+    assert len(draw_analysis([made_up(), full], "units", tmp_path / "u.png")) == 6  # two figures
 
 
 def test_nothing_to_draw_is_told(tmp_path: Path) -> None:

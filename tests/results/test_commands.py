@@ -86,6 +86,18 @@ def test_citations_of_what_is_in_the_table(runs: Path, tmp_path: Path, make_reco
     assert text.rstrip().endswith("% no citation declared: one, two")
 
 
+def test_citing_runs_no_file_and_asks_no_network(runs: Path, tmp_path: Path, make_record: Make) -> None:
+    """Mutant: building every upstream of the table for its citation imports somebody's file, and asks a hub for `hf:`."""
+    (tmp_path / "mine.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    for name in ("./mine.py:mine", "hf:org/name"):
+        write_record(make_record(**{"upstream.name": name}), None, runs)
+    write_record(make_record(**{"task.name": "task_of_theirs"}), None, runs)
+    assert cli.main(["leaderboard", "--runs", "runs", "--out", "board.tex", "--cite"]) == 0
+    assert not (tmp_path / "ran").exists()
+    told = (tmp_path / "board.bib").read_text().rstrip().splitlines()[-1]
+    assert all(name in told for name in ("./mine.py:mine", "hf:org/name", "task_of_theirs"))
+
+
 def test_every_corpus_has_a_citation_and_mini_too(runs: Path, tmp_path: Path, make_record: Make) -> None:
     assert all(corpus.info.citation for corpus in CORPORA.values())
     changes = {"task.dataset": "mini", "upstream.name": "fbank"}

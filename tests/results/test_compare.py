@@ -176,6 +176,14 @@ def test_pairs_are_of_one_kind(make_record: Make) -> None:
     assert pairs(two, "asv", "mamba_hubert_causal@sha256:9b", "other")
 
 
+def test_a_control_is_a_side_of_its_own(make_record: Make) -> None:
+    records = [make_record(), make_record(**{"probe.control": "shuffle"})]
+    (pair,) = pairs(records, "asv", "mamba_hubert_causal:shuffle", "mamba_hubert_causal")
+    assert [row["control"] or None for row in pair] == ["shuffle", None]
+    with pytest.raises(RequestError, match=r"no result of mamba_hubert_causal under the control 'shuffle'"):
+        pairs(records[:1], "asv", "mamba_hubert_causal:shuffle", "mamba_hubert_causal")
+
+
 def test_stored_items_come_back_by_seed_with_folds_joined(make_record: Make, tmp_path: Path) -> None:
     for seed in (1, 2):
         for fold in ("1", "2"):
@@ -188,3 +196,22 @@ def test_stored_items_come_back_by_seed_with_folds_joined(make_record: Make, tmp
     gone.unlink()
     with pytest.raises(RequestError, match="no per-item outcomes"):
         load_items([record], [tmp_path])
+
+
+def test_slots_are_compared_by_the_columns_that_the_task_writes() -> None:
+    """Mutant: the metric's name for its column, which no item has."""
+    from superb_probe.downstreams.sf import SlotFilling
+
+    task = SlotFilling()
+    references = ["B-a X E-a"] * 12
+    names = {"id": [f"u{number}" for number in range(12)]}
+    right = dict(task.score_texts(names, references, references).items)
+    wrong = dict(task.score_texts(names, references, ["X"] * 12).items)
+    found = compare_items("sf", "slot_type_f1", True, [right], [wrong], task.value)
+    assert (found.a, found.b, found.difference) == (100.0, 0.0, -100.0)
+    assert found.p is not None and found.p < 0.001
+
+
+def test_counts_of_one_threshold_stay_text() -> None:
+    columns = {"id": ["q"], "hits": ["3"], "false_alarms": ["0"], "targets": ["4"]}
+    assert compare.numbers(columns) == {**columns, "targets": [4]}

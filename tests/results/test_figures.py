@@ -149,3 +149,19 @@ def test_requests_that_cannot_be_served(records: list[RunRecord], make_record: M
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="cannot write"):
         draw(records, "heatmap", tmp_path / "file" / "r.png")
+
+
+def test_no_name_of_a_legend_is_cut(made_up: Any, base_record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutant: three columns whatever the names, as wide as the figure and more."""
+    names = tuple(f"hf:organisation/a-rather-long-name-{letter}" for letter in "abcdef")
+    made = made_up.made_up_records(
+        base_record, upstreams=names, tasks=("pr", "er", "ic"), rates=(1e-2, 1e-3), seeds=(1,)
+    )
+    kept: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, numbers, stem: kept.append(figure) or [])
+    for kind in ("cost", "radar", "rates"):
+        draw(made, kind, "unused.png")
+    for figure in kept:
+        figure.canvas.draw()
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width

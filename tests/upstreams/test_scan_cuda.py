@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +94,29 @@ def test_a_scan_that_ignores_lengths_is_found() -> None:
 
 @cuda
 @needs_gpu
+@pytest.mark.parametrize("frames", [70, 2000])
+def test_two_directions_in_one_launch(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    layer = mamba.MambaLayer("ext_bi_mamba", 32, 24, 4, 3, 24, 0).cuda()
+    with torch.no_grad():
+        for mixer in (layer.mamba, layer.mamba_rev):
+            mixer.dt_proj.bias.fill_(-4.0)
+        x, lengths = torch.randn(2, frames, 32, device="cuda"), torch.tensor([frames, 33], device="cuda")
+        launched: list[int] = []
+        real = scan_cuda.launch
+        monkeypatch.setattr(
+            scan_cuda, "launch", lambda *a, **k: (launched.append(a[2].get("BOTH", 0)), real(*a, **k))[1]
+        )
+        found = layer.mix(x, lengths)
+        assert launched and all(launched), "one launch for both"
+        layer = layer.double()
+        expected = layer.mamba(x.double(), lengths) + layer.mamba_rev(x.double(), lengths)
+    assert relative(found, expected) < 1e-5
+    assert relative(found, expected.flip(1)) > 1e-2
+
+
+@cuda
+@needs_gpu
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_fused_convolution_equals_the_plain_one(reverse: bool) -> None:
     x = torch.randn(3, 400, 50, device="cuda").transpose(1, 2)[..., :200]
@@ -153,6 +182,54 @@ def test_layouts_cover_all_states_and_frames() -> None:
             assert 1 <= split.chunks <= max(1, frames // scan_cuda.MIN_CHUNK_FRAMES)
     assert choose_split(1, 2304, 60000, 24, True, 132).chunks > 16
     assert choose_split(16, 2304, 1500, 24, True, 132).chunks == 1
+
+
+def test_blocks_share_no_more_memory_than_there_is() -> None:
+    for states in range(1, scan_cuda.MAX_STATES + 1):
+        for pairs in (False, True):
+            split = choose_split(3, 200, 90, states, pairs, 132)
+            assert split.shared_bytes(states) <= scan_cuda.MAX_SHARED_BYTES and split.threads >= 32
+    assert Split(2, 1, 1).shared_bytes(1) == 0xC480  # what the assembler says that this layout takes: too much
+    assert choose_split(3, 200, 90, 1, True, 132).threads == 64
+
+
+def test_a_thread_new_to_the_device_is_given_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd calls from threads of its own, in which no context is current yet."""
+    current = threading.local()
+
+    class Driver:
+        """Refuses what needs a context, as the driver does."""
+
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            return lambda *a: 0 if name in ("cuDeviceGet", "cuDevicePrimaryCtxRetain") else self.needs_context()
+
+        def needs_context(self) -> int:
+            return 0 if getattr(current, "context", None) else 201
+
+        def cuCtxSetCurrent(self, context: object) -> int:
+            current.context = context
+            return 0
+
+    driver = Driver()
+    monkeypatch.setattr(cuda_kernels, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_kernels, "_context", lambda device: "context")
+    monkeypatch.setattr(cuda_kernels, "compile_source", lambda *a: b"")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    cuda_kernels._function.cache_clear()
+
+    def launch() -> None:
+        cuda_kernels.launch("x.cu", "x", {}, torch.device("cuda", 0), (1, 1, 1), 32, [], 64)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(launch).result()
+    cuda_kernels._function.cache_clear()
+    monkeypatch.setattr(Driver, "cuCtxSetCurrent", lambda self, context: 0)
+    monkeypatch.setattr(Driver, "cuGetErrorString", lambda self, status, text: 0, raising=False)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(cuda_kernels.KernelError, match="201"):
+        pool.submit(launch).result()
+    cuda_kernels._function.cache_clear()
 
 
 def test_back_ends_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
