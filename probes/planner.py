@@ -18,8 +18,9 @@ from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.errors import RequestError
 from superb_probe.probes.plan import readable_bytes
 from superb_probe.probes.store import duration_batches, manifest_seconds
-from superb_probe.probes.store_extract import Extractor, Keeping, available_cores
+from superb_probe.probes.store_extract import Extractor, available_cores
 from superb_probe.probes.store_files import room_problem
+from superb_probe.probes.store_keeping import Keeping
 from superb_probe.upstreams.base import Upstream
 
 Place = Literal["gpu", "memory", "disk", "stream"]

@@ -23,7 +23,7 @@ from superb_probe.errors import RequestError
 from superb_probe.probes.identity import source_digest, weights_digest
 from superb_probe.probes.plan import digest_of, readable_bytes
 from superb_probe.probes.store_codec import byte_pieces, check_dtype, frame_bytes, of_bytes, unpack
-from superb_probe.probes.store_extract import Clock, Extractor, Keeping, available_cores, decoding_processes
+from superb_probe.probes.store_extract import Clock, Extractor, available_cores, decoding_processes
 from superb_probe.probes.store_files import (
     Part,
     intact,
@@ -35,6 +35,7 @@ from superb_probe.probes.store_files import (
     write_shard,
     write_whole,
 )
+from superb_probe.probes.store_keeping import Keeping
 from superb_probe.upstreams.base import Upstream, UpstreamInfo
 
 SHARD_BYTES = 128 * 2**20

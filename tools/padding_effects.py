@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -128,8 +129,9 @@ def main() -> None:
             info, difference = asked.info, "-"
             if before is not None:
                 found = compare_items(task, info.metric, info.higher_is_better, before, items, asked.value)
-                low, high = found.ci95 or (float("nan"), float("nan"))
-                difference = f"{found.difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+                low, high = found.ci95 or (math.nan, math.nan)
+                spread = "every item equal" if math.isnan(low) else f"{low:+.2f}, {high:+.2f}"
+                difference = f"{found.difference:+.2f} [{spread}]"
             before = items
             metric, mean = "cer" if task == "asr" else info.metric, mean_score(records, task)
             print(f"| {task} ({metric} %) | {steps} | {arm} | {mean:.2f} | {difference} |", flush=True)

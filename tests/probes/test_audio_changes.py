@@ -66,6 +66,16 @@ def test_pitch_and_speed_move_a_tone(name: str, factor: float) -> None:
         assert pitch_hz(change_audio(tone(hz), name, "a")) == pytest.approx(hz * factor, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["pitch+2", "pitch-2"])
+def test_another_pitch_keeps_the_tempo(name: str) -> None:
+    gap = np.zeros(RATE // 2, np.float32)
+    changed = change_audio(np.concatenate([tone(200.0, 0.5), gap, tone(200.0, 0.5)]), name, "a")
+    level = [float(np.abs(changed[int(at * RATE) : int((at + 0.1) * RATE)]).mean()) for at in (0.2, 0.7, 1.1, 1.35)]
+    assert (
+        min(level[0], level[2], level[3]) > 0.15 and level[1] < 0.01
+    )  # sound, gap, and sound to the end, where they were
+
+
 def test_stretching_keeps_pitch_and_moves_times() -> None:
     wav = np.concatenate([tone(200.0, 0.5), np.zeros(RATE // 2, np.float32), tone(300.0, 0.5)])
     longer = stretch_time(wav.astype(np.float64), int(1.2 * len(wav)))
