@@ -139,7 +139,8 @@ def _drawn(found: list[int], count: int, generator: np.random.Generator) -> NDAr
 def _grid(a: NDArray[np.int64], b: NDArray[np.int64], x: NDArray[np.int64]) -> NDArray[np.int64]:
     """All (a, b, x) in which a and x are not the same token."""
     grid = np.stack(np.meshgrid(a, b, x, indexing="ij"), axis=-1).reshape(-1, 3)
-    return grid[grid[:, 0] != grid[:, 2]]
+    kept: NDArray[np.int64] = grid[grid[:, 0] != grid[:, 2]]
+    return kept
 
 
 def score(triples: Triples, frames: Sequence[NDArray[Any]], distance: str = "dtw") -> AbxScore:

@@ -46,7 +46,8 @@ def add_noise(wav: Wave, snr_db: float, generator: np.random.Generator) -> Wave:
     spectrum = np.fft.rfft(generator.standard_normal(len(wav)))
     frequencies = np.maximum(np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE_HZ), 60.0)
     noise = np.fft.irfft(spectrum * frequencies ** (-generator.uniform(0.0, 2.0) / 2), len(wav))
-    return wav + noise * (speech_level(wav) * 10 ** (-snr_db / 20) / np.sqrt(np.mean(noise**2)))
+    noisy: Wave = wav + noise * (speech_level(wav) * 10 ** (-snr_db / 20) / np.sqrt(np.mean(noise**2)))
+    return noisy
 
 
 def speech_level(wav: Wave) -> float:

@@ -64,7 +64,7 @@ def s3prl_batches(
     Args:
         kind: "label_windows" (PR, SF; downstream/ctc): a window of `batch` neighbours in the order of label length, the longest
             first, begins at every utterance once an epoch, so that most are seen `batch` times; half of it where its first
-            utterance is longer than 300,000 samples. "length_buckets" (ASR; downstream/asr/dataset.py): twice `batch` neighbours in the
+            utterance is longer than 300,000 samples. "length_buckets" (ASR; downstream/asr): twice `batch` neighbours in the
             order of audio length, cut in two; what is left at the end stays whole, and a single utterance left over is not used.
         num_samples: length of each utterance's audio.
         label_lengths: length of each utterance's target; read for windows only.
@@ -73,7 +73,7 @@ def s3prl_batches(
 
     >>> batches = s3prl_batches("length_buckets", [5, 9, 7, 8, 6, 3, 4], [], 2, torch.Generator().manual_seed(0))
     >>> sorted(next(batches) for _ in range(3))
-    [[1, 3], [2, 4], [0, 6, 5]]
+    [[0, 6, 5], [1, 3], [2, 4]]
     """
     lengths = label_lengths if kind == "label_windows" else num_samples
     order = sorted(range(len(num_samples)), key=lambda row: -lengths[row])

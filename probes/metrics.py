@@ -19,8 +19,8 @@ from superb_probe.errors import RequestError
 
 Floats = NDArray[np.float64]
 SPAN = re.compile(r"B-(\S+) (.+?) E-\1")  # a slot: the shortest stretch between tags of one type
-# MediaEval QUESST 2014 (Anguera et al.): prior of a target 0.0008, a miss costs 100 false alarms. The scoring script of the year after,
-# score-TWV-Cnxe.sh of QUESST 2015, has the same three numbers (effective prior 0.0741289); that of 2014 was not at hand.
+# MediaEval QUESST 2014 (Anguera et al.): prior of a target 0.0008, a miss costs 100 false alarms. The scoring script of the year
+# after, score-TWV-Cnxe.sh of QUESST 2015, has the same three numbers (effective prior 0.0741289); that of 2014 was not at hand.
 TWV_PRIOR, TWV_COST_MISS, TWV_COST_FALSE_ALARM = 0.0008, 100.0, 1.0
 TWV_BETA = TWV_COST_FALSE_ALARM / TWV_COST_MISS * (1 / TWV_PRIOR - 1)  # 12.49
 TAG = re.compile(r"B-\S+ | E-\S+")

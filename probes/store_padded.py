@@ -1,6 +1,7 @@
 """Stores whose states depend on the batch, as s3prl's do: training encodes each batch as it is asked for, unsplit.
 
-Their upstream is a `PaddedUpstream`. Nothing of them is shared or put on disk: under another order the same utterance has other states.
+Their upstream is a `PaddedUpstream`. Nothing of them is shared or put on disk: in another order the
+same utterance has other states.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def principal_subspace(means: Matrix, variance: float = 0.95, most: int | None =
     if shares[-1] <= 0:
         raise RequestError("subspaces: the means of all classes are the same. Fix: data that differ.")
     count = int(np.searchsorted(shares, variance * shares[-1] * (1 - 1e-12)) + 1)
-    return rows[: count if most is None else min(count, most)].T
+    basis: Matrix = rows[: count if most is None else min(count, most)].T
+    return basis
 
 
 def principal_angles(first: Matrix, second: Matrix) -> Matrix:
@@ -184,4 +185,5 @@ class LinearClassifier:
 
     def predict(self, frames: NDArray[Any]) -> NDArray[np.int64]:
         """(N,) the likeliest class of every frame."""
-        return np.argmax(self.scores(frames), axis=1)
+        found: NDArray[np.int64] = np.argmax(self.scores(frames), axis=1)
+        return found

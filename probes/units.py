@@ -159,7 +159,8 @@ def deduplicated(units: NDArray[np.int64]) -> NDArray[np.int64]:
     """
     if not len(units):
         return units
-    return units[np.concatenate([[True], units[1:] != units[:-1]])]
+    kept: NDArray[np.int64] = units[np.concatenate([[True], units[1:] != units[:-1]])]
+    return kept
 
 
 @dataclass(frozen=True, slots=True)

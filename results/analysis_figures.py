@@ -109,7 +109,7 @@ def _latest(records: Sequence[AnalysisRecord]) -> list[AnalysisRecord]:
 
 def _pick(table: pd.DataFrame, measure: str, **where: Any) -> pd.DataFrame:
     """The rows of a measure on test (or wherever it is measured) in which the columns of `where` have these values, "" for none."""
-    rows = table[table["measure"] == measure]
+    rows: pd.DataFrame = table[table["measure"] == measure]
     rows = rows[rows["split"] != "dev"]
     for name, value in {"control": "", "change": "", **where}.items():
         if name not in rows.columns:

@@ -222,7 +222,7 @@ def as_table(records: Iterable[AnalysisRecord]) -> pd.DataFrame:
             low, high = each.ci95 or (None, None)
             rows.append({**about, "split": each.split, "measure": each.measure, "layer": each.layer, **each.where,
                          "value": each.value, "ci95_low": low, "ci95_high": high, "seeds": each.seeds})  # fmt: skip
-    table = pd.DataFrame(rows)
+    table: pd.DataFrame = pd.DataFrame(rows)
     if len(table):
         numbers = ["value", "ci95_low", "ci95_high", "seeds"]
         table = table[[name for name in table.columns if name not in numbers] + numbers]

@@ -232,6 +232,7 @@ EVERY_FLAG = {
     "store_limit": (["500GB"], "500GB"),
     "store_clean": ([], True),
     "states": (["disk"], "disk"),
+    "padding": (["s3prl"], "s3prl"),
     "tier": (["quick"], "quick"),
     "time_limit": (["8h"], "8h"),
 }

@@ -3,8 +3,10 @@
 s3prl pads the waveforms of a batch with zeros, and its encoders take the padding for sound in several places (s3prl 0.4.18,
 upstream/hubert/hubert_model.py and upstream/wav2vec2/wav2vec2_model.py; the layers of arXiv 2506.12606 are built on the same
 code): the group norm of the first convolution is over padding too; the mask of the encoder marks a frame as padding by a share of
-the padded waveform, not by the frame's own window; behind the positional convolution padded frames are not zero again; a Mamba layer is never
-told of padding, so a backward scan begins in it. Everywhere else in this project an utterance is computed as if it were alone.
+the padded waveform, not by the frame's own window; behind the positional convolution padded frames are not zero again; a
+Mamba layer is never told of padding, so a backward scan begins in it.
+
+Everywhere else in this project an utterance is computed as if it were alone.
 """
 
 from __future__ import annotations

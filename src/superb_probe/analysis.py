@@ -172,7 +172,7 @@ def _upstreams(request: AnalysisRequest) -> list[LoadedUpstream]:
     for name in request.upstream:
         analytic = name.partition(":")[0] in ("fbank", "fbank_no_cmvn", "mfcc")
         asked = {"size": None, "random": None} if analytic else {"size": request.size, "random": request.random}
-        found.append(resolve_upstream(name, checkpoint=request.checkpoint, options={}, **asked))  # type: ignore[arg-type]
+        found.append(resolve_upstream(name, checkpoint=request.checkpoint, options={}, **asked))
     if "random" in request.beside:
         for loaded in list(found):
             twin = None if loaded.upstream.info.revision.startswith(("random:", "analytic:")) else _random_twin(loaded)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from superb_probe.analysis_corpus import AnalysisCorpus, Frames, extract, read_embeddings, utterance_segments
 from superb_probe.downstreams.audio import SAMPLE_RATE_HZ, read_waveform
-from superb_probe.engine_progress import Stage, say
+from superb_probe.engine_progress import Stage
 from superb_probe.errors import RequestError
-from superb_probe.probes.alignments import segment_frames
+from superb_probe.probes.alignments import Segment, segment_frames
 from superb_probe.probes.cca import FLAVOURS, one_hot, similarity
 from superb_probe.results.analysis_record import Measurement
 from superb_probe.upstreams.base import Upstream
@@ -52,7 +52,7 @@ class Target:
         ids: of each row, its utterance.
         y: (N, E).
         groups: (N,) what never stands on two sides of a split.
-        places: of each row, (first frame, one past the last) by seconds; None for all frames with speech.
+        segments: of each row, its stretch; None for all frames with speech.
         grouped_by: in words.
     """
 
@@ -60,7 +60,7 @@ class Target:
     ids: tuple[str, ...]
     y: Matrix
     groups: tuple[str, ...]
-    segments: tuple[object, ...] | None
+    segments: tuple[Segment, ...] | None
     grouped_by: str
 
 
@@ -171,29 +171,20 @@ def analyze_cca(
 
 def _means(frames: Mapping[str, Frames], target: Target, layer: int) -> Matrix:
     """(N, D) of each row of a target, the mean of its frames: those of its phone, or all with speech."""
-    by_utterance: dict[str, tuple[Frames, int, NDArray[np.float32]]] = {}
+    states: dict[str, NDArray[np.float32]] = {}
+    speech: dict[str, NDArray[np.bool_]] = {}
     for each in frames.values():
-        states = each.split(each.layer(layer))
-        by_utterance.update({name: (each, row, states[row]) for row, name in enumerate(each.manifest.ids)})
-    speech = (
-        {name: each.split(each.speech)[row] for each in frames.values() for row, name in enumerate(each.manifest.ids)}
-        if target.segments is None
-        else {}
-    )
+        states.update(zip(each.manifest.ids, each.split(each.layer(layer)), strict=True))
+        speech.update(zip(each.manifest.ids, each.split(each.speech), strict=True))
+    hop_s = next(iter(frames.values())).hop_s
     found = []
     for at, name in enumerate(target.ids):
-        each, _, states = by_utterance[name]
+        own = states[name]
         if target.segments is None:
-            spoken = speech[name]
-            if not spoken.any():
+            if not speech[name].any():
                 raise RequestError(f"utterance {name}: no frame with speech in its alignment. Fix: leave it out.")
-            found.append(states[spoken].mean(0))
+            found.append(own[speech[name]].mean(0))
         else:
-            start, end = segment_frames(target.segments[at], len(states), each.hop_s)  # type: ignore[arg-type]
-            found.append(states[start : max(end, start + 1)].mean(0))
+            start, end = segment_frames(target.segments[at], len(own), hop_s)
+            found.append(own[start : max(end, start + 1)].mean(0))
     return np.stack(found).astype(np.float64)
-
-
-def tell_flavours(request: CcaRequest) -> None:
-    """Say what a reader of the numbers must know."""
-    say(f"CCA: {', '.join(request.flavours)}; correlations of held-out data, {request.num_folds} folds")

@@ -120,12 +120,14 @@ def load_corpus(
 
 def _among(trials: Trials, manifest: Manifest) -> Trials:
     """The trials whose two utterances are in a manifest."""
+    known = set(manifest.ids)
     rows = [
         at
         for at, pair in enumerate(zip(trials.ids_a, trials.ids_b, strict=True))
-        if pair[0] in manifest and pair[1] in manifest
+        if pair[0] in known and pair[1] in known
     ]
-    return Trials.of(*([column[at] for at in rows] for column in (trials.labels.tolist(), trials.ids_a, trials.ids_b)))
+    labels = [int(trials.labels[at]) for at in rows]
+    return Trials.of(labels, [trials.ids_a[at] for at in rows], [trials.ids_b[at] for at in rows])
 
 
 def _digest(path: Path) -> str:

@@ -313,7 +313,7 @@ def summary(records: Sequence[AnalysisRecord]) -> str:
         ]
         for keys, rows in found.groupby(["measure", *settings], sort=False, dropna=False):
             measure, *values = keys
-            named = dict(zip(settings, values, strict=True))
+            named: dict[str, Any] = dict(zip(settings, values, strict=True))
             where = ", ".join(_said(name, value) for name, value in named.items() if _known(value))
             chosen = record.chosen.get(f"layer of {int(named['clusters'])}") if _known(named.get("clusters")) else None
             if chosen is not None:

@@ -115,6 +115,7 @@ PACKAGES = (
         "pip install --no-build-isolation 'superb-probe[cuda]' (after torch, with nvcc)",
         False,
     ),
+    Package("h5py", "import h5py", "SD between s3prl and here", "pip install 'superb-probe[hdf5]'", False),
     Package(
         "jsonschema",
         "import jsonschema",
