@@ -114,7 +114,7 @@ def _pick(table: pd.DataFrame, measure: str, **where: Any) -> pd.DataFrame:
     for name, value in {"control": "", "change": "", **where}.items():
         if name not in rows.columns:
             if value != "":
-                return rows.iloc[:0]
+                rows = rows.iloc[:0]
             continue
         column = rows[name]
         rows = rows[column.isna() | (column == "")] if value == "" else rows[column == value]

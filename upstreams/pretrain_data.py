@@ -164,7 +164,8 @@ class Clips:
     def waveform(self, index: int) -> NDArray[np.float32]:
         """(S,) in [-1, 1]."""
         stretch = self.samples[self.offsets[index] : self.offsets[index + 1]]
-        return np.asarray(stretch, dtype=np.float32) / np.float32(FULL_SCALE)
+        wave: NDArray[np.float32] = np.asarray(stretch, dtype=np.float32) / np.float32(FULL_SCALE)
+        return wave
 
     def on(self, device: torch.device) -> Tensor:
         """All samples (S,) int16: on a GPU that has room for them, copied once; else where they are, mapped."""
