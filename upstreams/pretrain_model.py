@@ -5,7 +5,6 @@ Crops are not padded, so nothing here knows lengths, and every shape is fixed by
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from superb_probe.upstreams.hubert import HubertEncoder, default_uniform_
 from superb_probe.upstreams.mamba import InnBiMamba, Mamba, MambaLayer
 from superb_probe.upstreams.pretrain_conv import positional
 from superb_probe.upstreams.pretrain_recipe import Recipe
+from superb_probe.upstreams.residual import residual
 from superb_probe.upstreams.transformer import SelfAttention, TransformerLayer
 
 SPECIAL_SYMBOLS = 4  # rows of the label embeddings before the units': fairseq's dictionary begins with them
@@ -140,19 +140,11 @@ class HubertPretraining(nn.Module):
 
     def _layer(self, layer: nn.Module, x: Tensor) -> Tensor:
         """One encoder layer with dropout, (B, T, D)."""
-        drop = self.recipe.dropout
-        mix: Callable[[nn.Module, Tensor], Tensor]
-        inner: nn.Module
-        if isinstance(layer, TransformerLayer):
-            norm, mix, inner, has_ffn = layer.self_attn_layer_norm, self._attend, layer.self_attn, True
-        else:
-            assert isinstance(layer, MambaLayer)
-            norm, mix, inner, has_ffn = getattr(layer, layer.norm_name), _mix, layer, layer.has_ffn
-        if layer.norm_first:
-            x = x + self._drop(mix(inner, norm(x)), drop)
-            return x + self._drop(layer.feed_forward(layer.final_layer_norm(x)), drop) if has_ffn else x
-        x = norm(x + self._drop(mix(inner, x), drop))
-        return cast(Tensor, layer.final_layer_norm(x + self._drop(layer.feed_forward(x), drop))) if has_ffn else x
+
+        def mix(y: Tensor) -> Tensor:
+            return self._attend(layer.self_attn, y) if isinstance(layer, TransformerLayer) else _mix(layer, y)
+
+        return residual(layer, x, mix, lambda y: self._drop(y, self.recipe.dropout))
 
     def _attend(self, attention: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(attention, SelfAttention)

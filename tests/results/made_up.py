@@ -1,15 +1,19 @@
-"""Made-up records by the thousand, for tests of tables and figures. None of them was measured; none is ever written as a result."""
+"""Made-up records by the thousand, for tests of tables and figures. None of them was measured; none is ever written as a result.
+
+`python tests/results/made_up.py FOLDER` writes them all, to time the tables with.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from superb_probe.results.record import RunRecord
+from superb_probe.results.record import RunRecord, read_records
 
 RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 SEEDS = (1, 2, 3, 4, 5)
@@ -99,3 +103,9 @@ def write_quickly(records: list[RunRecord], folder: Path) -> None:
 def changed(record: RunRecord, **parts: Any) -> RunRecord:
     """A record with other parts and another run id."""
     return replace(record, run_id=hashlib.sha256(repr((record.run_id, parts)).encode()).hexdigest()[:12], **parts)
+
+
+if __name__ == "__main__":
+    example = read_records(Path(__file__).parent / "records_v1")[0]
+    example = replace(example, upstream=replace(example.upstream, num_layers=13), layer_weights=(1 / 13,) * 13)
+    write_quickly(made_up_records(example), Path(sys.argv[1]))
