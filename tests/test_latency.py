@@ -23,7 +23,7 @@ UPSTREAM = {"size": "test", "random": 0}
 
 
 @pytest.fixture(scope="module")
-def test_split() -> Manifest:
+def spoken() -> Manifest:
     return read_splits(mini_root(), "read")["test"]
 
 
@@ -71,11 +71,11 @@ def test_only_right_words_count() -> None:
 
 @pytest.mark.parametrize(("delay_s", "wrong"), [(0.2, 0), (0.5, 1), (-0.1, 0)])
 def test_a_known_delay_is_found(
-    delay_s: float, wrong: int, test_split: Manifest, ends: Any, monkeypatch: pytest.MonkeyPatch
+    delay_s: float, wrong: int, spoken: Manifest, ends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "stream_audio", oracle(test_split, ends, delay_s, wrong))
+    monkeypatch.setattr(latency, "stream_audio", oracle(spoken, ends, delay_s, wrong))
     upstream = load_upstream("mamba_hubert_causal", **UPSTREAM)
-    found = measure_latency(upstream, recogniser(), test_split, ends, 0.16, None, limit=12)
+    found = measure_latency(upstream, recogniser(), spoken, ends, 0.16, None, limit=12)
     assert found["delay_median_s"] == pytest.approx(delay_s)
     assert found["delay_p90_s"] == pytest.approx(delay_s)
     assert found["wer"] == pytest.approx(100 * 12 * wrong / found["words"])
@@ -83,24 +83,24 @@ def test_a_known_delay_is_found(
     assert found["real_time_factor"] == pytest.approx(0.1)
 
 
-def test_times_of_a_stretch_start_with_it(test_split: Manifest, ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_a_stretch_start_with_it(spoken: Manifest, ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An utterance that begins later in its file has word ends of the file."""
-    first = test_split[0]
-    late = Manifest([Utterance(first.id, first.audio, 0.25, 1.0, first.labels)], test_split.root, "late")
+    first = spoken[0]
+    late = Manifest([Utterance(first.id, first.audio, 0.25, 1.0, first.labels)], spoken.root, "late")
     monkeypatch.setattr(latency, "stream_audio", oracle(late, ends, 0.2))
     upstream = load_upstream("mamba_hubert_causal", **UPSTREAM)
     assert measure_latency(upstream, recogniser(), late, ends, 0.16, None)["delay_median_s"] == pytest.approx(0.45)
 
 
-def test_what_cannot_be_measured_is_refused(test_split: Manifest, ends: Any) -> None:
+def test_what_cannot_be_measured_is_refused(spoken: Manifest, ends: Any) -> None:
     upstream = load_upstream("mamba_hubert_causal", **UPSTREAM)
     with pytest.raises(RequestError, match="of characters"):
-        measure_latency(upstream, recogniser(spaced=True), test_split, ends, 0.16, None)
+        measure_latency(upstream, recogniser(spaced=True), spoken, ends, 0.16, None)
     with pytest.raises(RequestError, match="140 utterances of .* have no word ends"):
-        measure_latency(upstream, recogniser(), test_split, {}, 0.16, None)
+        measure_latency(upstream, recogniser(), spoken, {}, 0.16, None)
     other = {name: (["other"], [1.0]) for name in ends}
     with pytest.raises(RequestError, match="its word ends are of 'other'"):
-        measure_latency(upstream, recogniser(), test_split, other, 0.16, None, limit=1)
+        measure_latency(upstream, recogniser(), spoken, other, 0.16, None, limit=1)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
