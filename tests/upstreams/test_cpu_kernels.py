@@ -71,7 +71,7 @@ def scan_errors(shape: tuple[int, int, int, int], reverse: bool, full: bool, sha
 def test_the_cpu_scan_and_its_gradients(
     shape: tuple[int, int, int, int], shared: bool, full: bool, reverse: bool
 ) -> None:
-    assert max(scan_errors(shape, reverse, full, shared, "cpu")) < 5e-6
+    assert all(error < 5e-6 for error in scan_errors(shape, reverse, full, shared, "cpu"))  # not max(): it may drop a NaN
 
 
 MUTANTS = {
@@ -94,7 +94,8 @@ def test_a_broken_scan_is_seen(mutant: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(cpu_kernels, "SOURCE", tmp_path / "broken.cpp")
     monkeypatch.setattr(cpu_kernels, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(cpu_kernels, "_FLAGS", LOOSE)
-    assert max(scan_errors((3, 37, 5, 71), True, True, False, "cpu")) > 1e-4
+    errors = scan_errors((3, 37, 5, 71), True, True, False, "cpu")
+    assert not all(error < 1e-4 for error in errors)  # NaN counts: a frame that is never written holds anything
 
 
 @needs_compiler
