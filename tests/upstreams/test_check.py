@@ -195,6 +195,13 @@ class FramesFromNothing(Right):
         return max(1 if num_samples == 0 else 0, super().num_frames(num_samples))
 
 
+class NotANumberBesideAShorterRow(Right):
+    def second(self, frames: Tensor, counts: Tensor) -> Tensor:
+        layer = super().second(frames, counts)
+        layer[counts > counts.min(), 0] = float("nan")
+        return layer
+
+
 class RequiresGradients(Right):
     def __init__(self) -> None:
         super().__init__()
@@ -221,6 +228,7 @@ MUTANTS = {
     UtteranceNormalisation: "lookahead",
     ScaledByTheLength: "lookahead",
     NotANumber: "finite",
+    NotANumberBesideAShorterRow: "batch",
     WrongWidth: "width",
     WrongLayerCount: "shape",
     NumFramesAsInt32: "shape",
