@@ -114,10 +114,11 @@ def _taps(x: Tensor, weight: Tensor, start: int, frames: int, stride: int) -> Te
 
 def _tap_operands(x: Tensor, weight: Tensor, start: int, frames: int, stride: int) -> tuple[Tensor, Tensor]:
     """Windows (B, T_out, K * C_in) of K <= stride frames from `start`, a view of x, and the weights (B, K * C_in, C_out)."""
+    x = x.contiguous()
     kernel, channels = weight.shape[2], x.shape[2]
     row, frame, _ = x.stride()
     shape, strides = (x.shape[0], frames, kernel * channels), (row, stride * frame, 1)
-    windows = x.contiguous().as_strided(shape, strides, x.storage_offset() + start * frame)
+    windows = x.as_strided(shape, strides, x.storage_offset() + start * frame)
     return windows, weight.transpose(1, 2).flatten(1).t().expand(x.shape[0], -1, -1)
 
 

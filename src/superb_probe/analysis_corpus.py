@@ -69,24 +69,14 @@ def load_corpus(
     Raises:
         RequestError: for a missing split, or utterances without alignment.
     """
-    trials: dict[str, Trials] = {}
     if manifest is None:
         dataset = "mini"
         splits = dict(read_splits(mini_root(), "read"))
         trials = dict(read_trials(mini_root()))
         alignment = [mini_root() / f"alignments.{split}.tsv" for split in SPLITS]
     else:
-        wrong = sorted(set(manifest) - {*SPLITS, "trials"})
-        missing = [split for split in SPLITS if split not in manifest]
-        if wrong or missing:
-            raise RequestError(
-                f"--manifest: train, dev and test are needed, and trials may be given; missing {', '.join(missing) or 'none'}, "
-                f"unknown {', '.join(wrong) or 'none'}."
-            )
-        splits = {split: Manifest.read(manifest[split], root) for split in SPLITS}
+        splits, trials = _own_splits(manifest, root)
         dataset = f"manifest:{splits['test'].name}"
-        if "trials" in manifest:
-            trials = {"test": Trials.read(manifest["trials"])}
     if not alignment:
         raise RequestError(
             "phone times are needed. Fix: --alignment FILE or DIR (TextGrid, CTM, CSV), or `superb-probe align`."
@@ -101,11 +91,12 @@ def load_corpus(
     lacking = [each.id for split in splits.values() for each in split if each.id not in phones]
     warnings = []
     if lacking:
+        some = ", ".join(lacking[:5])
         if not skip_unaligned:
             raise RequestError(
-                f"{len(lacking)} utterances have no alignment: {', '.join(lacking[:5])}. Fix: align them, or --skip-unaligned."
+                f"{len(lacking)} utterances have no alignment: {some}. Fix: align them, or --skip-unaligned."
             )
-        warnings.append(f"{len(lacking)} utterances without alignment were left out: {', '.join(lacking[:5])}")
+        warnings.append(f"{len(lacking)} utterances without alignment were left out: {some}")
         splits = {name: split.keep([each.id for each in split if each.id in phones]) for name, split in splits.items()}
     known = {each.id: each.duration_s for split in splits.values() for each in split}
     clipped = {name: _clipped(fold_labels(phones[name]), duration) for name, duration in known.items()}
@@ -116,6 +107,19 @@ def load_corpus(
             raise all_at_once("trials", wrong_trials, "use the ids of the manifest")
     among = {split: _among(pairs, splits[split]) for split, pairs in trials.items()}
     return AnalysisCorpus(dataset, splits, clipped, among, digests, tuple(warnings))
+
+
+def _own_splits(manifest: Mapping[str, Path], root: Path | None) -> tuple[dict[str, Manifest], dict[str, Trials]]:
+    """What `load_corpus` was given instead of the embedded corpus: utterances by split, and the trials of test, if any."""
+    wrong = sorted(set(manifest) - {*SPLITS, "trials"})
+    missing = [split for split in SPLITS if split not in manifest]
+    if wrong or missing:
+        raise RequestError(
+            f"--manifest: train, dev and test are needed, and trials may be given; missing {', '.join(missing) or 'none'}, "
+            f"unknown {', '.join(wrong) or 'none'}."
+        )
+    splits = {split: Manifest.read(manifest[split], root) for split in SPLITS}
+    return splits, {"test": Trials.read(manifest["trials"])} if "trials" in manifest else {}
 
 
 def _among(trials: Trials, manifest: Manifest) -> Trials:

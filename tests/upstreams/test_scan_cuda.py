@@ -165,11 +165,12 @@ def test_the_positional_convolution_as_a_matrix_product() -> None:
 
 
 def test_a_strided_convolution_without_copies() -> None:
-    x, weight = torch.randn(2, 101, 8), torch.randn(5, 8, 3)
-    found = convolutions._taps(x, weight[..., :2], 0, 50, 2)
-    found = found.baddbmm_(*convolutions._tap_operands(x, weight[..., 2:], 2, 50, 2))
-    torch.testing.assert_close(found, convolutions.strided_conv(x, weight, None, 2))
-    torch.testing.assert_close(found, F.conv1d(x.transpose(1, 2), weight, stride=2).transpose(1, 2))
+    weight = torch.randn(5, 8, 3)
+    for x in (torch.randn(2, 101, 8), torch.randn(3, 101, 16)[1:, :, ::2]):  # the second is a view, not in one piece
+        found = convolutions._taps(x, weight[..., :2], 0, 50, 2)
+        found = found.baddbmm_(*convolutions._tap_operands(x, weight[..., 2:], 2, 50, 2))
+        torch.testing.assert_close(found, convolutions.strided_conv(x, weight, None, 2))
+        torch.testing.assert_close(found, F.conv1d(x.transpose(1, 2), weight, stride=2).transpose(1, 2))
 
 
 def test_layouts_cover_all_states_and_frames() -> None:
