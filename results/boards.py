@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from superb_probe.results.overlap import MARKS, overlap_notes
 from superb_probe.results.reference import Reference, load_reference
 from superb_probe.results.score import PAPER4, SUPERB10, site_points, superb_r, superb_s
 
@@ -82,6 +83,17 @@ class Cell:
     low: float | None = None
     high: float | None = None
     row: Row | None = None
+
+    @property
+    def overlap(self) -> str:
+        """What is known of the encoder's training data and this test set; "none" for published numbers."""
+        return "none" if self.row is None else str(self.row["overlap"])
+
+    @property
+    def mark(self) -> str:
+        """What stands behind the number: "*" for a learning rate at the edge of those tried, then the overlap's mark."""
+        edge = "*" if self.row is not None and self.row["edge"] == "edge" else ""
+        return edge + MARKS.get(self.overlap, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +423,7 @@ def _notes(rows: Sequence[Row], settings: Mapping[str, str], scored: Mapping[str
     )
     if short:
         notes.append(f"Failed or incomplete runs are left out of: {', '.join(short)}.")
-    return tuple(notes)
+    return (*notes, *overlap_notes(rows, task_name))
 
 
 def published_boards() -> list[Board]:

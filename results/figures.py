@@ -18,6 +18,7 @@ import pandas as pd
 from superb_probe.errors import RequestError
 from superb_probe.results.boards import Board, Column, Line, boards, metric_name, task_name
 from superb_probe.results.leaderboard import aggregate, dev_by_rate
+from superb_probe.results.overlap import MARKS, short_notes
 from superb_probe.results.record import RunRecord
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -244,7 +245,8 @@ def _heatmap(board: Board) -> Drawing | None:
                 axes.text(x, y, "–", ha="center", va="center", color="#555555")
             else:
                 color = _readable(image.cmap(grid[y][x]))
-                axes.text(x, y, f"{cell.value:.1f}", ha="center", va="center", color=color, fontsize=8)
+                text = f"{cell.value:.1f}{MARKS.get(cell.overlap, '')}"
+                axes.text(x, y, text, ha="center", va="center", color=color, fontsize=8)
     heads = [
         f"{task_name(column.task)}\n{metric_name(column.metric)} {'↑' if column.higher_is_better else '↓'}"
         for column in board.columns
@@ -258,7 +260,8 @@ def _heatmap(board: Board) -> Drawing | None:
     bar.ax.set_yticklabels(["worst", "best"])
     bar.set_label("within the column")
     units = sorted({"%" if column.unit == "percent" else column.unit for column in board.columns})
-    figure.suptitle(f"{board.title}\nscores in {' and '.join(units)}; arrows point to the better")
+    notes = short_notes(cell.overlap for line in board.lines for cell in line.cells if cell is not None)
+    figure.suptitle("\n".join([board.title, f"scores in {' and '.join(units)}; arrows point to the better", *notes]))
     return figure, _numbers(board, board.lines, ends)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from superb_probe.errors import CheckError
+from superb_probe.results.overlap import worst_overlap
 from superb_probe.results.record import RunRecord
 
 # Records that differ in any of these never share a row.
@@ -91,6 +92,8 @@ COLUMNS = (
     "failed",
     "incomplete",
     "protocol_deviations",
+    "trained_on",
+    "overlap",
     "warnings",
     "run_ids",
 )
@@ -292,6 +295,8 @@ def _row(members: Sequence[RunRecord]) -> dict[str, Any] | None:
         "failed": len(members) - len(finished),
         "incomplete": incomplete,
         "protocol_deviations": "; ".join(sorted({text for record in flat for text in record.task.protocol_deviations})),
+        "trained_on": "; ".join(sorted({name for record in flat for name in record.upstream.trained_on})),
+        "overlap": worst_overlap(flat),
         "warnings": "; ".join(sorted({text for record in flat for text in record.warnings})),
         "run_ids": " ".join(sorted(record.run_id for record in flat)),
     }

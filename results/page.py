@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from superb_probe.results.boards import Board, Cell, Line, task_name
+from superb_probe.results.overlap import MARKS, MEANINGS
 
 _HERE = Path(__file__)
 _FILTERS = ("protocol", "budget", "data", "control", "layers", "layer_norm", "weights")
@@ -40,9 +41,11 @@ _DETAIL = (
     ("layer norm", "layer_norm", False),
     ("weights", "weights", False),
     ("revision", "revision", False),
+    ("trained on", "trained_on", False),
+    ("holds the test set", "overlap", False),
     ("warnings", "warnings", False),
 )
-_WIDE = {"warnings", "interval"}
+_WIDE = {"warnings", "interval", "trained on"}
 
 
 def page(own: Sequence[Board], published: Sequence[Board], table: pd.DataFrame, num_records: int) -> str:
@@ -208,10 +211,20 @@ def _cell(cell: Cell, first: float | None, second: float | None, published: bool
     if cell.row is not None and cell.row["edge"] == "edge":
         text += "*"
     text = f'<span class="{css}">{text}</span>' if css and not published else text
+    text += _overlap(cell)
     if cell.low is None or cell.high is None:
         return text
     method = escape(str(cell.row["ci"])) if cell.row else ""
     return text + f' <span class="ci" title="{method}">[{cell.low:.2f}, {cell.high:.2f}]</span>'
+
+
+def _overlap(cell: Cell) -> str:
+    """The mark of what the encoder heard of this test set: in words for screen readers, and for a pointer that rests on it."""
+    if cell.row is None or cell.overlap not in MARKS:
+        return ""
+    told = escape(f"{MEANINGS[cell.overlap]}: {cell.row['trained_on'] or 'unknown'}")
+    mark = f'<span aria-hidden="true">{MARKS[cell.overlap]}</span>'
+    return f'<span title="{told}">{mark}<span class="vh"> ({told})</span></span>'
 
 
 def short_count(value: float | None) -> str:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from superb_probe.errors import RequestError
 from superb_probe.results.leaderboard import leaderboard
+from superb_probe.results.overlap import MARKS, short_notes
 from superb_probe.results.record import RunRecord
 
 # Rows that differ in these are in different panels; in the others, on different lines of one panel.
@@ -149,6 +150,7 @@ def _draw_panel(axes: Any, panel: pd.DataFrame, handles: dict[str, Any]) -> None
         )
         if not row["control"]:
             edge = " *" if row["edge"] == "edge" else ""
+            edge += MARKS.get(row["overlap"], "")
             axes.annotate(
                 f"{score:.2f}{edge}",
                 (score, height),
@@ -178,8 +180,9 @@ def _draw_panel(axes: Any, panel: pd.DataFrame, handles: dict[str, Any]) -> None
 
 
 def _edge_note(rows: Sequence[Mapping[Any, Any]]) -> str:
-    marked = any(row["edge"] == "edge" and not row["control"] for row in rows)
-    return "\n* best learning rate at the edge of those tried" if marked else ""
+    real = [row for row in rows if not row["control"]]
+    notes = ["* best learning rate at the edge of those tried"] * any(row["edge"] == "edge" for row in real)
+    return "".join(f"\n{note}" for note in [*notes, *short_notes(row["overlap"] for row in real)])
 
 
 def _metric(name: str) -> str:

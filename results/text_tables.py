@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_lowercase
 
 from superb_probe.results.boards import Board, Cell, Column, Line
+from superb_probe.results.overlap import MARKS
 from superb_probe.results.page import short_count
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
-    "–": "--", "·": r"$\cdot$", "<": r"\textless{}", ">": r"\textgreater{}",
+    "†": r"$^{\dagger}$", "‡": r"$^{\ddagger}$", "–": "--", "·": r"$\cdot$", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 
 
@@ -38,8 +39,9 @@ def latex(boards: Sequence[Board]) -> str:
     parts = ["% Made by superb-probe leaderboard --format latex. Needs \\usepackage{booktabs}."]
     for board in boards:
         head, rows = _grid(board, _tex, _tex_cell)
+        marks = [note for note in board.notes[1:] if note[:1] in MARKS.values()]
         notes = " ".join(
-            _tex(note) for note in (*board.notes[:1], *([f"Source: {board.source}."] if board.source else []))
+            _tex(note) for note in (*board.notes[:1], *marks, *([f"Source: {board.source}."] if board.source else []))
         )
         lines = [
             r"\begin{table*}",
@@ -110,7 +112,7 @@ def _md_cell(cell: Cell | None, column: Column, board: Board, index: int) -> str
     if cell is None:
         return "–"
     text = _marked(cell, board, index, "**{}**", "<ins>{}</ins>")
-    text += r"\*" if cell.row is not None and cell.row["edge"] == "edge" else ""
+    text += cell.mark.replace("*", r"\*")
     return text if cell.low is None else f"{text} \\[{cell.low:.2f}, {cell.high:.2f}\\]"
 
 
@@ -118,7 +120,7 @@ def _tex_cell(cell: Cell | None, column: Column, board: Board, index: int) -> st
     if cell is None:
         return "--"
     text = _marked(cell, board, index, r"\textbf{{{}}}", r"\underline{{{}}}")
-    text += "$^{*}$" if cell.row is not None and cell.row["edge"] == "edge" else ""
+    text += "".join({"*": "$^{*}$"}.get(mark, _tex(mark)) for mark in cell.mark)
     if cell.low is None:
         return text
     return rf"\shortstack[r]{{{text}\\{{\tiny [{cell.low:.2f}, {cell.high:.2f}]}}}}"  # one below the other: ten tasks fit a page

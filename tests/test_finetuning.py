@@ -17,6 +17,7 @@ from superb_probe import cli
 from superb_probe.downstreams.mini import mini_root, read_splits
 from superb_probe.errors import RequestError
 from superb_probe.finetuning import recogniser_of_folder
+from superb_probe.results.overlap import training_overlap
 from superb_probe.upstreams.checkpoints import read_checkpoint
 from superb_probe.upstreams.load import load_upstream
 
@@ -73,6 +74,8 @@ def test_a_run_its_folder_and_its_transcript(
     name = "encoder.layers.0.mamba.in_proj.weight"
     same = bool((trained.tensors[name] == fresh.state_dict()[f"encoder.{name}"]).all())
     assert same == (document["step"] == 2)  # frozen in the first half
+    assert trained.trained_on == ("fine-tuned: mini.train",)
+    assert training_overlap(trained.trained_on, "mini", "asr").kind == "train"
 
     audio = mini_root() / read_splits(mini_root(), "read")["test"][0].audio
     assert cli.main(["stream", str(audio), "--finetuned", str(out), "--json"]) == 0

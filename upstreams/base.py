@@ -38,7 +38,8 @@ class UpstreamInfo:
         lookahead_samples: samples after its own window that frame t depends on; 0 is strictly causal, None is the whole
             utterance. Declared here, measured by `check upstream`.
         layer_convention: "block_output" or "before_residual" (fairseq and HF differ; results are not comparable across it).
-        trained_on: corpora seen in pre-training, to flag overlap with a task's test set.
+        trained_on: corpora heard in training, with the parts where it was not all of one, so that overlap with a task's test set is
+            marked (results/overlap.py); () for random weights and fixed transforms, ("unknown",) where nobody says.
         license: licence of the weights.
         citation: the paper to cite.
     """

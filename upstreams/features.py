@@ -28,7 +28,7 @@ OPTIONAL: Mapping[str, tuple[type | tuple[type, ...], Any]] = {
     "waveform_norm": (str, "none"),
     "lookahead_samples": ((int, type(None)), None),
     "layer_convention": (str, "block_output"),
-    "trained_on": (list, []),
+    "trained_on": (list, ["unknown"]),
     "license": (str, "unknown"),
     "citation": (str, "unknown"),
 }

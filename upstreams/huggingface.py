@@ -155,7 +155,7 @@ def build(name: str, *, random: int | None = None, waveform_norm: str | None = N
         waveform_norm=norm,
         lookahead_samples=None,
         layer_convention="block_output",
-        trained_on=() if random is not None else tuple(_as_list(card.get("datasets"))),
+        trained_on=() if random is not None else tuple(_as_list(card.get("datasets"))) or ("unknown",),
         license=str(card.get("license", SEE_CARD)),
         citation=SEE_CARD,
     )

@@ -63,7 +63,8 @@ class S3PRLEncoder(Upstream):
             waveform_norm="utterance" if _normalizes(expert) else "none",
             lookahead_samples=None,
             layer_convention="block_output",
-            trained_on=(),
+            # s3prl does not say what its models heard; random weights, and transforms without any, have heard nothing
+            trained_on=() if revision.startswith("random:") or not list(expert.parameters()) else ("unknown",),
             license="see the model's own",
             citation="S.-w. Yang et al., SUPERB, Interspeech 2021, and the model's own",
         )

@@ -155,6 +155,7 @@ def _say(*lines: str) -> None:
 def write_leaderboard(args: argparse.Namespace) -> int:
     """Write the tables and print their main columns; 1 if a file could not be read as a record (the others still count)."""
     from superb_probe.results.leaderboard import aggregate, write_csv
+    from superb_probe.results.overlap import MARKS, overlap_notes
 
     files = _formats(args)
     records, problems = _records(args, args.task)
@@ -186,8 +187,10 @@ def write_leaderboard(args: argparse.Namespace) -> int:
         "edge",
     )
     if len(board):
-        shown = board.assign(score=board["score"].map("{:.2f}".format), lr=board["lr"].map("{:g}".format))
-        print(table(columns, shown[list(columns)].values.tolist()))
+        marks = board["overlap"].map(lambda kind: MARKS.get(kind, ""))
+        shown = board.assign(score=board["score"].map("{:.2f}".format) + marks, lr=board["lr"].map("{:g}".format))
+        notes = overlap_notes(board.to_dict("records"))
+        print("\n".join([table(columns, shown[list(columns)].values.tolist()), *notes]))
     print(f"{len(board)} rows from {len(records)} records: {' '.join(map(str, files.values()))}")
     _say(*unfinished, *conflicts, *problems)
     return 1 if problems or conflicts else 0
@@ -278,6 +281,7 @@ def write_comparison(args: argparse.Namespace) -> int:
 
     from superb_probe.downstreams.load import load_task
     from superb_probe.results.compare import compare_items, holm, load_items, pairs, split_control
+    from superb_probe.results.overlap import overlap_notes
 
     wanted = None if args.task == "all" else args.task.split(",")
     records, problems = _records(args, wanted)
@@ -301,29 +305,36 @@ def write_comparison(args: argparse.Namespace) -> int:
         for first, second in pairs(records, name, args.a, args.b):
             sides = [load_items((by_id[run] for run in row["run_ids"].split()), args.runs) for row in (first, second)]
             metric, higher = first["metric"], first["better"] == "higher"
-            found.append((first, compare_items(name, metric, higher, sides[0], sides[1], value)))
-    known = [i for i, (_, each) in enumerate(found) if each.p is not None]
-    for i, p in zip(known, holm([found[i][1].p or 0.0 for i in known]), strict=True):
-        found[i] = (found[i][0], dataclasses.replace(found[i][1], p_holm=p))
+            found.append((first, second, compare_items(name, metric, higher, sides[0], sides[1], value)))
+    known = [i for i, (*_, each) in enumerate(found) if each.p is not None]
+    for i, p in zip(known, holm([found[i][2].p or 0.0 for i in known]), strict=True):
+        found[i] = (*found[i][:2], dataclasses.replace(found[i][2], p_holm=p))
     lines = [
         {**dataclasses.asdict(each), "effect": dict(each.effect), "protocol": row["protocol"], "budget": row["budget"],
-         "dataset": row["dataset"], "verdict": each.verdict(args.a, args.b)}
-        for row, each in found
+         "dataset": row["dataset"], "verdict": each.verdict(args.a, args.b),
+         "overlap": {"a": row["overlap"], "b": other["overlap"]}}
+        for row, other, each in found
     ]  # fmt: skip
     if args.json:
         print_json({"a": args.a, "b": args.b, "comparisons": lines})
     else:
-        print(_comparison_table(args.a, args.b, lines))
+        notes = overlap_notes([row for rows in found for row in rows[:2]])
+        print("\n".join([_comparison_table(args.a, args.b, lines), *notes]))
     _say(*problems)
     return 1 if problems else 0
 
 
 def _comparison_table(a: str, b: str, lines: list[dict[str, Any]]) -> str:
+    from superb_probe.results.overlap import MARKS
+
     def number(value: float | None, digits: str = ".2f") -> str:
         return "-" if value is None else format(value, digits)
 
+    def score(line: dict[str, Any], side: str) -> str:
+        return number(line[side]) + MARKS.get(line["overlap"][side], "")
+
     rows = [
-        (line["task"], line["metric"], line["dataset"], line["protocol"], line["budget"], number(line["a"]), number(line["b"]),
+        (line["task"], line["metric"], line["dataset"], line["protocol"], line["budget"], score(line, "a"), score(line, "b"),
          number(line["difference"], "+.2f"), "-" if line["ci95"] is None else f"[{line['ci95'][0]:+.2f}, {line['ci95'][1]:+.2f}]",
          number(line["p"], ".4f"), number(line["p_holm"], ".4f"),
          ", ".join(f"{name.replace('_', ' ')} {value:+.2f}" for name, value in line["effect"].items()), line["verdict"])

@@ -27,6 +27,7 @@ from superb_probe.probes.fit import FitResult
 from superb_probe.probes.metrics import UndefinedMetric
 from superb_probe.probes.plan import Trial
 from superb_probe.probes.statistics import bootstrap
+from superb_probe.results.overlap import overlap_warning, upstream_overlap
 from superb_probe.results.record import (
     CostPart,
     EnvironmentPart,
@@ -163,11 +164,13 @@ def _record(
     **results: Any,
 ) -> RunRecord:
     parts: dict[str, Any] = {"selection": None, "score": None, "layer_weights": None, "probe_weights": None, **results}
+    upstream, task = _upstream_part(job, count=status == "finished"), _task_part(job, each, trial, num_items or {})
+    heard = overlap_warning(upstream.name, task.name, task.dataset, upstream_overlap(upstream, task))
     return RunRecord(
         run_id=trial.run_id,
         status=status,  # type: ignore[arg-type]
-        upstream=_upstream_part(job, count=status == "finished"),
-        task=_task_part(job, each, trial, num_items or {}),
+        upstream=upstream,
+        task=task,
         probe=_probe_part(job, trial, params),
         items=None,
         cost=_cost_part(cost, device),
@@ -175,7 +178,7 @@ def _record(
         started_at=cost.started_at,
         finished_at=now(),
         error=error,
-        warnings=(*job.upstream.warnings, *job.question.task.info.notes, *each.fold.notes),
+        warnings=(*job.upstream.warnings, *[heard] * bool(heard), *job.question.task.info.notes, *each.fold.notes),
         **parts,
     )
 
@@ -353,22 +356,22 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic
     )  # empty tensors need no filling: nothing reads them before they are written
     before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_deterministic_debug_mode(),
         filling.fill_uninitialized_memory,
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
     )
-    torch.use_deterministic_algorithms(device.type == "cpu")
+    # `use_deterministic_algorithms` sets the same, after importing torch's compiler, which takes seconds.
+    torch.set_deterministic_debug_mode("error" if device.type == "cpu" else "default")
     filling.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        filling.fill_uninitialized_memory = before[2]
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[3], before[4]
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[5], before[6]
+        torch.set_deterministic_debug_mode(before[0])
+        filling.fill_uninitialized_memory = before[1]
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[2], before[3]
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[4], before[5]

@@ -324,13 +324,13 @@ def _write_weights(
     request: FinetuneRequest, upstream: HubertUpstream, training: Finetuning, tokens: tuple[str, ...]
 ) -> None:
     """The best encoder, as a checkpoint that any command takes, and the head beside it."""
-    info = upstream.info
+    info, heard = upstream.info, request.manifests["train"]
     write_checkpoint(
         request.out / ENCODER,
         upstream.encoder.config,
         training.encoder_weights(),
         name=info.name,
-        trained_on=(*info.trained_on, f"fine-tuned: {request.manifests['train'].name}"),
+        trained_on=(*info.trained_on, f"fine-tuned: {heard.root.resolve().name}.{heard.name}"),
         license=info.license,
         citation=info.citation,
         metadata={"fine_tuned_from": info.revision},

@@ -35,7 +35,7 @@ def a_sweep(make: Make) -> list[RunRecord]:
 
 
 def some_records(make: Make) -> list[RunRecord]:
-    """What a golden table must cover: a sweep, a random twin, a control, a tie, folds, a failure, other data and versions."""
+    """What a golden table must cover: a sweep, a random twin, a control, a tie, folds, a failure, other data, versions, overlaps."""
     random_upstream = {"upstream.revision": "random:0", "upstream.name": "mamba_hubert_causal"}
     er = {
         "task.name": "er",
@@ -75,6 +75,12 @@ def some_records(make: Make) -> list[RunRecord]:
     ]
     records += layers_of_qbe(make, {0: (5.0, 9.0), 1: (7.0, 6.0), 2: (7.0, 8.0)})
     records += [make(dev=4.0, test=4.0, **{"probe.layer": 3}, layer_weights=None)]
+    for name, heard in (
+        ("heard_all", ["voxceleb", "librispeech-960"]),
+        ("heard_dev", ["voxceleb1-dev"]),
+        ("heard_what", []),
+    ):
+        records.append(make(dev=4.5, test=4.5, **{"upstream.name": name, "upstream.trained_on": heard}))
     return records
 
 
@@ -164,7 +170,12 @@ def mutant_key(name: str) -> Callable[[pytest.MonkeyPatch], None]:
     return forget
 
 
+def mutant_forgets_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "worst_overlap", lambda records: "none")
+
+
 MUTANTS = [
+    mutant_forgets_overlaps,
     mutant_test_chooses,
     mutant_direction,
     mutant_tie,

@@ -45,6 +45,13 @@ def file(tmp_path_factory: pytest.TempPathFactory, made_up: Any, base_record: Ru
         for record in records
         if record.upstream.name == "up_a" and record.task.name == "pr"
     ]
+    heard = {"up_b": ("librispeech_asr",), "up_c": ("unknown",)}  # the test set of some tasks, marked at the scores
+    records = [
+        made_up.replace(
+            record, upstream=made_up.replace(record.upstream, trained_on=heard.get(record.upstream.name, ()))
+        )
+        for record in records
+    ]
     table = leaderboard([*records, *control])
     path = tmp_path_factory.mktemp("page") / "leaderboard.html"
     path.write_text(page(boards(table), published_boards(), table, len(records)), encoding="utf-8")
@@ -164,6 +171,30 @@ def test_a_screen_reader_finds_names_for_everything(tab: Any, file: Path) -> Non
     assert len(set(roles["table"])) == len(roles["table"])
     assert roles["status"] is not None
     assert tab.run("document.documentElement.lang") == "en"
+
+
+MARKED = f"[...{FIRST}.tBodies[0].rows].map(r => [r.cells[0].firstChild.textContent, r.cells[%d].textContent])"
+
+
+def names_of_cells(tab: Any) -> list[str]:
+    """What a screen reader reads out, cell by cell."""
+    tab.call("Accessibility.enable")
+    nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
+    cells = [node for node in nodes if node.get("role", {}).get("value") == "cell"]
+    return [node.get("name", {}).get("value", "") for node in cells]
+
+
+def test_what_an_encoder_heard_of_a_test_set_is_told_at_its_score(tab: Any, file: Path) -> None:
+    tab.open(file)
+    told = dict(tab.run(MARKED % column(tab, "pr")))
+    assert "† (the encoder's training data may hold this test set: librispeech_asr)" in told["up_b"]
+    assert "‡ (what the encoder was trained on is not known well enough: unknown)" in told["up_c"]
+    assert "†" not in dict(tab.run(MARKED % column(tab, "sid")))["up_b"]
+    heard = "may hold this test set: librispeech_asr"
+    assert any(heard in name and "†" not in name for name in names_of_cells(tab))
+    tab.run("document.querySelectorAll('td .vh').forEach((each) => each.remove())")  # mutant: a mark and no words
+    assert not any(heard in name for name in names_of_cells(tab))
+    assert "† the encoder was trained on data" in tab.run("document.querySelector('section.own .notes').textContent")
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -36,6 +36,7 @@ def test_states_are_found_by_utterance(tmp_path: Path) -> None:
     assert upstream.states_for("speaker/two").shape == (3, 2, 4)
     assert (upstream.info.num_layers, upstream.info.dim, upstream.info.lookahead_samples) == (3, 4, None)
     assert [upstream.num_frames(n) for n in (0, 399, 400, 719, 720)] == [0, 0, 1, 1, 2]
+    assert upstream.info.trained_on == ("unknown",)  # somebody's encoder made them
 
 
 def test_the_revision_is_the_content(tmp_path: Path) -> None:

@@ -189,6 +189,9 @@ def test_info_comes_from_the_folder(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\ndatasets:\n- librispeech_asr\n---\n# Model\n")
     info = build(str(tmp_path)).info
     assert (info.license, info.trained_on) == ("mit", ("librispeech_asr",))
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Model\n")
+    assert build(str(tmp_path)).info.trained_on == ("unknown",)
+    assert build(str(tmp_path), random=0).info.trained_on == ()
     assert (info.num_layers, info.dim, info.hop_samples, info.layer_convention) == (3, 32, 320, "block_output")
     assert info.revision.startswith("sha256:")
     config = json.loads((tmp_path / "config.json").read_text())

@@ -78,6 +78,18 @@ def test_an_expert_is_run_row_by_row() -> None:
     assert all(result.passed for result in results), format_checks(results)
 
 
+def test_what_it_was_trained_on_is_not_known_unless_it_was_not_trained() -> None:
+    class Transform(Expert):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.scale
+            self.register_buffer("scale", torch.ones(1))  # as a table of mel filters
+
+    assert S3PRLEncoder(Expert(), "s3prl:toy", "sha256:0").info.trained_on == ("unknown",)
+    assert S3PRLEncoder(Expert(), "s3prl:toy", "random:0").info.trained_on == ()
+    assert S3PRLEncoder(Transform(), "s3prl:toy", "analytic").info.trained_on == ()
+
+
 def test_running_an_expert_on_a_batch_would_be_caught() -> None:
     class Batched(S3PRLEncoder):
         def forward(self, wavs: Tensor, num_samples: Tensor):  # type: ignore[no-untyped-def]
