@@ -67,7 +67,8 @@ def scale_rows(distances: Tensor) -> Tensor:
     >>> scale_rows(torch.tensor([[[1.0, 3.0, 2.0]]])).tolist()
     [[[0.0, 1.0, 0.5]]]
     """
-    least, greatest = distances.amin(-1, keepdim=True), distances.amax(-1, keepdim=True)  # aminmax takes 5 times as long
+    # aminmax takes five times as long as both together
+    least, greatest = distances.amin(-1, keepdim=True), distances.amax(-1, keepdim=True)
     return (distances - least).div_((greatest - least).clamp_(min=LEAST_RANGE))
 
 

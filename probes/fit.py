@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,30 +92,36 @@ def fit_trials(
         One result a trial, in the given order; one whose loss was not finite has an error and no score.
     """
     device = device or torch.device("cpu")
-    layers = {trial.layer for trial in trials}
-    only = layers.pop() if len(layers) == 1 else None
+    only = _only_layer(trials)
     num_layers = info.num_layers if only is None else 1
+    seeds = dict.fromkeys(trial.seed for trial in trials)
     random_before = random_state(device)
     try:
         wanted: set[Split] = {"train", select_on, "test"}
         splits = {str(split): States(stores[split], fold.manifests[split].ids, only, device) for split in wanted}
-        frames = {
-            name: count for each in splits.values() for name, count in zip(each.ids, each.num_frames, strict=True)
-        }
-        task = task.bind(fold, FrameGrid(info.hop_samples, info.sample_rate_hz, frames))
+        task = task.bind(fold, _frame_grid(splits.values(), info))
         runners = [_start(trial, task, labels, info, budget, device) for trial in trials]
         targets = [task.target(utterance, labels) for utterance in fold.manifests["train"]]
         batches = _composed(task, fold, info) if composed else None
-        draws = {
-            seed: Draws(splits["train"], targets, seed, budget, info, control, batches)
-            for seed in dict.fromkeys(trial.seed for trial in trials)
-        }
+        draws = {seed: Draws(splits["train"], targets, seed, budget, info, control, batches) for seed in seeds}
         company = make_company(runners, draws, splits["train"], num_layers, budget, task.info.clip)
         _train(company, fold, splits[select_on], budget, select_on, progress, stop_hopeless)
         scores = _test(company, fold, splits["test"])
     finally:
         set_random_state(random_before, device)
     return [_result(runner, scores.get(id(runner))) for runner in runners]
+
+
+def _only_layer(trials: Sequence[Trial]) -> int | None:
+    """The layer that all trials read; None where they read several or the weighted sum."""
+    layers = {trial.layer for trial in trials}
+    return layers.pop() if len(layers) == 1 else None
+
+
+def _frame_grid(splits: Iterable[States], info: UpstreamInfo) -> FrameGrid:
+    """How many frames each utterance has, and where they are."""
+    frames = {name: count for each in splits for name, count in zip(each.ids, each.num_frames, strict=True)}
+    return FrameGrid(info.hop_samples, info.sample_rate_hz, frames)
 
 
 def _composed(task: Task, fold: Fold, info: UpstreamInfo) -> Composed:

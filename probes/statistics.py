@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from superb_probe.errors import RequestError
 from superb_probe.probes.metrics import UndefinedMetric
@@ -63,6 +62,20 @@ def bootstrap(
     if len(set(lengths.values())) != 1 or not columns or draws < 1 or (clusters is None and other_clusters is not None):
         raise RequestError(f"bootstrap: columns of equal length are needed, found {lengths}; draws {draws}")
     resampled = resampled_rows(next(iter(lengths.values())), clusters, other_clusters, np.random.default_rng(seed))
+    values, redrawn = _values_of_draws(value_fn, columns, resampled, draws)
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    drawn = "items" if clusters is None else cluster_name
+    again = f", {redrawn} more redrawn (no value)" if redrawn else ""
+    return float(low), float(high), f"bootstrap over {drawn}, {draws} draws{again}"
+
+
+def _values_of_draws(
+    value_fn: Callable[[dict[str, NDArray[Any]]], float],
+    columns: Mapping[str, NDArray[Any]],
+    resampled: Iterator[NDArray[np.int64]],
+    draws: int,
+) -> tuple[list[float], int]:
+    """The metric's values of so many draws, and how many without a value were drawn again."""
     values: list[float] = []
     redrawn = 0
     while len(values) < draws:
@@ -79,10 +92,7 @@ def bootstrap(
                 f"bootstrap: the metric gave {value} for a draw; it must be finite or raise UndefinedMetric"
             )
         values.append(value)
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    drawn = "items" if clusters is None else cluster_name
-    again = f", {redrawn} more redrawn (no value)" if redrawn else ""
-    return float(low), float(high), f"bootstrap over {drawn}, {draws} draws{again}"
+    return values, redrawn
 
 
 def t_interval(values: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
@@ -98,7 +108,7 @@ def t_interval(values: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or len(scores) < 2 or not np.isfinite(scores).all():
         raise UndefinedMetric(f"t interval: at least two finite scores are needed, found {scores.tolist()}")
-    half = float(stats.t.ppf((1 + level) / 2, len(scores) - 1) * scores.std(ddof=1) / np.sqrt(len(scores)))
+    half = float(_t_quantile(level, len(scores)) * scores.std(ddof=1) / np.sqrt(len(scores)))
     return float(scores.mean()) - half, float(scores.mean()) + half
 
 
@@ -120,8 +130,14 @@ def jackknife_interval(value: float, without: Sequence[float], level: float = LE
     if left.ndim != 1 or count < 2 or not np.isfinite(left).all():
         raise UndefinedMetric(f"jackknife: at least two finite values are needed, found {left.tolist()}")
     error = np.sqrt((count - 1) / count * np.square(left - left.mean()).sum())
-    half = float(stats.t.ppf((1 + level) / 2, count - 1) * error)
+    half = float(_t_quantile(level, count) * error)
     return value - half, value + half
+
+
+def _t_quantile(level: float, count: int) -> Any:
+    from scipy import stats  # a second to import, and a run of one seed asks for no such interval
+
+    return stats.t.ppf((1 + level) / 2, count - 1)
 
 
 def as_column(values: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:

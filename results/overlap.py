@@ -96,7 +96,7 @@ def training_overlap(trained_on: Iterable[str], dataset: str, task: str) -> Over
     'overlap'
     """
     found = [(_one(name, dataset, task), name) for name in trained_on]
-    worst = max((kind for kind, _ in found), key=ORDER.index, default="none")
+    worst: Kind = max((kind for kind, _ in found), key=ORDER.index, default="none")
     return Overlap(worst, () if worst == "none" else tuple(name for kind, name in found if kind == worst))
 
 

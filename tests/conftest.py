@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,3 +20,36 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no fixtures at {folder} (set SUPERB_PROBE_SHARED)")
     return folder
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, where no variable of the environment sets anything."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("STORE", "DEVICE", "OUT", "SETTINGS"):
+        monkeypatch.delenv(f"SUPERB_PROBE_{name}", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[[], tuple[str, str]]:
+    """A function that gives what was printed to the two outputs since its last call."""
+
+    def read() -> tuple[str, str]:
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return read
+
+
+@pytest.fixture
+def noise() -> Callable[..., Path]:
+    """A function that writes a file of noise."""
+
+    def write(path: Path, seconds: float = 1.0, rate_hz: int = 16000, channels: int = 1) -> Path:
+        generator = np.random.default_rng(len(path.name))
+        samples = 0.1 * generator.standard_normal((round(seconds * rate_hz), channels)).squeeze()
+        soundfile.write(path, samples.astype(np.float32), rate_hz)
+        return path
+
+    return write

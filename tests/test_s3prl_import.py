@@ -50,6 +50,31 @@ def their_vectors(upstream: Upstream, rows: Manifest, logits: Tensor) -> Tensor:
     return torch.stack(vectors)
 
 
+def some_of_mini() -> tuple[dict[str, Manifest], dict[str, list[str]]]:
+    """Utterances of IC by split, and the values of every slot in the order they appear in train."""
+    fold = load_folds(load_task("ic"), dataset="mini")[0]
+    train = fold.manifests["train"].keep(fold.manifests["train"].ids[: SIZES["train"]][::-1])
+    known = {slot: list(dict.fromkeys(train.labels(f"slot_{slot}"))) for slot in SLOTS}
+    splits = {"train": train}
+    for split in ("dev", "test"):
+        rows = fold.manifests[split]
+        fit = [u.id for u in rows if all(u.labels[f"slot_{slot}"] in known[slot] for slot in SLOTS)]
+        splits[split] = rows.keep(fit[: SIZES[split]])
+    return splits, known
+
+
+def write_answers(
+    folder: Path, split: str, rows: Manifest, known: dict[str, list[str]], out: tuple[Tensor, ...]
+) -> float:
+    """The files of predictions and truths of a split, from the logits of every slot; their accuracy."""
+    said = [[known[slot][part[n].argmax()] for slot, part in zip(SLOTS, out, strict=True)] for n in range(len(rows))]
+    truth = [[u.labels[f"slot_{slot}"] for slot in SLOTS] for u in rows]
+    for name, answers in (("predict", said), ("truth", truth)):
+        text = "".join(f"{u.id},{','.join(row)}\n" for u, row in zip(rows, answers, strict=True))
+        (folder / f"{split}_{name}.csv").write_text(text)
+    return float(torch.tensor([a == b for a, b in zip(said, truth, strict=True)]).float().mean())
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """An IC experiment: a random head on a random encoder, evaluated by the few lines here."""
@@ -57,14 +82,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     torch.manual_seed(3)
     upstream = load_upstream("transformer_hubert", size="test", random=3)
     checkpoint = export_upstream(upstream, "s3prl", base).path
-    fold = load_folds(load_task("ic"), dataset="mini")[0]
-    train = fold.manifests["train"].keep(fold.manifests["train"].ids[: SIZES["train"]][::-1])
-    known = {slot: list(dict.fromkeys(train.labels(f"slot_{slot}"))) for slot in SLOTS}  # in the order they appear
-    splits = {"train": train}
-    for split in ("dev", "test"):
-        rows = fold.manifests[split]
-        fit = [u.id for u in rows if all(u.labels[f"slot_{slot}"] in known[slot] for slot in SLOTS)]
-        splits[split] = rows.keep(fit[: SIZES[split]])
+    splits, known = some_of_mini()
+    train = splits["train"]
     paths = {}
     for split, rows in splits.items():
         paths[split] = base / f"{split}.tsv"
@@ -83,16 +102,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     lines = []
     for split in ("dev", "test"):
         with torch.no_grad():
-            vectors = their_vectors(upstream, splits[split], logits)
-            out = linear(projector(vectors)).split(counts, dim=1)
-        said = [
-            [known[slot][part[n].argmax()] for slot, part in zip(SLOTS, out, strict=True)] for n in range(len(vectors))
-        ]
-        truth = [[u.labels[f"slot_{slot}"] for slot in SLOTS] for u in splits[split]]
-        for name, answers in (("predict", said), ("truth", truth)):
-            text = "".join(f"{u.id},{','.join(row)}\n" for u, row in zip(splits[split], answers, strict=True))
-            (folder / f"{split}_{name}.csv").write_text(text)
-        accuracy = float(torch.tensor([a == b for a, b in zip(said, truth, strict=True)]).float().mean())
+            out = linear(projector(their_vectors(upstream, splits[split], logits))).split(counts, dim=1)
+        accuracy = write_answers(folder, split, splits[split], known, out)
         lines.append(f"{split} at step 20: {accuracy}\n")
     (folder / "log.log").write_text("train at step 20: 0.5\n" + "".join(lines))
     states = {

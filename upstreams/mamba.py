@@ -19,6 +19,7 @@ from superb_probe.upstreams.cuda_kernels import can_run
 from superb_probe.upstreams.linear import Linear, linear
 from superb_probe.upstreams.scan import selective_scan
 from superb_probe.upstreams.scan_cuda import selective_scan_both
+from superb_probe.upstreams.scan_inputs import ScanInputs
 
 
 class MixerState(NamedTuple):
@@ -203,7 +204,7 @@ def selective_mix(
         (B, T, E), and the state after the last frame.
     """
     arguments = scan_arguments(hidden, gate, conv1d, x_proj, dt_proj, a_log, d, reverse, num_frames, initial)
-    y, last = selective_scan(**arguments, reverse=reverse)
+    y, last = selective_scan(**arguments)
     tail = None if initial is None else initial.conv
     return y.transpose(1, 2), MixerState(last_inputs(hidden, tail, num_frames, conv1d.weight.shape[-1] - 1), last)
 
@@ -220,7 +221,7 @@ def scan_arguments(
     num_frames: Tensor | None,
     initial: MixerState | None = None,
 ) -> dict[str, Any]:
-    """What `selective_scan` is called with in `selective_mix`, but for `reverse`; arguments as there."""
+    """What `selective_scan` is called with in `selective_mix`; arguments as there."""
     if conv1d.bias is None:
         raise ValueError("the depthwise convolution of a Mamba mixer has a bias")
     tail = None if initial is None else initial.conv
@@ -237,6 +238,7 @@ def scan_arguments(
         "z": None if gate is None else gate.transpose(1, 2),
         "delta_bias": dt_proj.bias,
         "delta_softplus": True,
+        "reverse": reverse,
         "num_frames": num_frames,
         "initial_state": None if initial is None else initial.scan,
     }
@@ -252,10 +254,8 @@ def mix_both(ahead: Mamba, back: Mamba, x: Tensor, num_frames: Tensor | None) ->
         hidden, gate = mixer.in_proj(x).chunk(2, dim=-1)
         parts = (mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.A_log, mixer.D)
         scans.append(scan_arguments(hidden, gate, *parts, mixer.reverse, num_frames))
-    first, second = selective_scan_both(*scans) or (
-        selective_scan(**scans[0])[0],
-        selective_scan(**scans[1], reverse=True)[0],
-    )
+    inputs = [ScanInputs(**each) for each in scans]
+    first, second = selective_scan_both(*inputs) or [selective_scan(**each)[0] for each in scans]
     return ahead.out_proj(first.transpose(1, 2)) + back.out_proj(second.transpose(1, 2))  # type: ignore[no-any-return]
 
 

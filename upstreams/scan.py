@@ -20,6 +20,7 @@ from torch import Tensor
 
 from superb_probe.upstreams.base import frame_mask
 from superb_probe.upstreams.cpu_kernels import COMPILERS
+from superb_probe.upstreams.scan_inputs import ScanInputs
 
 BACKENDS = ("auto", "plain", "cpu", "cuda", "mamba_ssm")
 
@@ -77,19 +78,21 @@ def selective_scan(
     >>> selective_scan(ones, ones, torch.zeros(1, 1), ones, ones, reverse=True, num_frames=torch.tensor([2]))[0].flatten().tolist()
     [2.0, 1.0, 0.0]
     """
-    _check_shapes(u, delta, A, B, C, initial_state)
-    recorded = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    )
-    chosen = choose_backend(backend, u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if chosen != "plain":
-        positional = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        return _other_scan(chosen)(*positional, reverse=reverse, num_frames=num_frames, initial_state=initial_state)
+    given = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, num_frames, initial_state)
+    given.check_shapes()
+    chosen = choose_backend(backend, given)
+    return _plain_scan(given, chunk_frames) if chosen == "plain" else _other_scan(chosen)(given)
+
+
+def _plain_scan(given: ScanInputs, chunk_frames: int) -> tuple[Tensor, Tensor]:
+    """The scan in PyTorch, `chunk_frames` at a time."""
+    u, num_frames, recorded = given.u, given.num_frames, given.recorded()
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    initial_state = given.initial_state
     if initial_state is None:
-        initial_state = u.new_zeros(u.shape[0], u.shape[1], B.shape[1])
+        initial_state = u.new_zeros(u.shape[0], u.shape[1], given.B.shape[1])
     state = initial_state.to(dtype).transpose(1, 2).contiguous()  # (B, N, E): channels innermost
-    a = A.to(dtype).T.contiguous()
+    a = given.A.to(dtype).T.contiguous()
     padding = None if num_frames is None else ~frame_mask(num_frames, u.shape[2])
     if not recorded and u.device.type == "cpu":
         chunk_frames = min(chunk_frames, _CPU_BLOCK_ELEMENTS // max(1, state.numel()))
@@ -98,37 +101,33 @@ def selective_scan(
 
     outputs: list[Tensor] = []
     starts = range(0, u.shape[2], chunk_frames)
-    for start in reversed(starts) if reverse else starts:
+    for start in reversed(starts) if given.reverse else starts:
         chunk = slice(start, min(start + chunk_frames, u.shape[2]))
-        inputs, steps, b, c = (_frames_first(x, chunk, dtype) for x in (u, delta, B, C))
-        if delta_bias is not None:
-            steps = steps + delta_bias.to(dtype)
-        if delta_softplus:
+        inputs, steps, b, c = (_frames_first(x, chunk, dtype) for x in (u, given.delta, given.B, given.C))
+        if given.delta_bias is not None:
+            steps = steps + given.delta_bias.to(dtype)
+        if given.delta_softplus:
             steps = F.softplus(steps)
         padded = None if padding is None else padding[:, chunk].T[..., None]
-        y, state = _scan_chunk(inputs, steps, a, b, c, state, padded, reverse, buffers)
-        if D is not None:
-            y = torch.addcmul(y, inputs, D.to(dtype))
-        if z is not None:
-            y = y * F.silu(_frames_first(z, chunk, dtype))
+        y, state = _scan_chunk(inputs, steps, a, b, c, state, padded, given.reverse, buffers)
+        if given.D is not None:
+            y = torch.addcmul(y, inputs, given.D.to(dtype))
+        if given.z is not None:
+            y = y * F.silu(_frames_first(given.z, chunk, dtype))
         if padded is not None:
             y = y.masked_fill(padded, 0.0)
         outputs.append(y.to(u.dtype).transpose(0, 1))
     if not outputs:
         return u, state.transpose(1, 2)
-    return torch.cat(outputs[::-1] if reverse else outputs, dim=1).transpose(1, 2), state.transpose(1, 2)
+    return torch.cat(outputs[::-1] if given.reverse else outputs, dim=1).transpose(1, 2), state.transpose(1, 2)
 
 
-def choose_backend(backend: str, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, *others: Tensor | None) -> str:
+def choose_backend(backend: str, given: ScanInputs) -> str:
     """The back end that runs a scan: "plain", "cpu", "cuda" or "mamba_ssm".
 
     Args:
         backend: what was asked for; "auto" is the fastest that can.
-        u: (B, E, T).
-        delta: (B, E, T).
-        a: (E, N) or (E, 1).
-        b: (B, N, T).
-        others: the other tensors.
+        given: what is scanned.
 
     Raises:
         ValueError: for a back end that is unknown, or cannot run it.
@@ -137,20 +136,21 @@ def choose_backend(backend: str, u: Tensor, delta: Tensor, a: Tensor, b: Tensor,
         raise ValueError(f"unknown back end {backend!r}: one of {', '.join(BACKENDS)}")
     if backend in ("plain", "mamba_ssm"):
         return backend
+    u = given.u
     if backend == "cuda" or backend == "auto" and u.is_cuda:
         from superb_probe.upstreams.scan_cuda import supports
 
-        if supports(u, b, a):
+        if supports(given):
             return "cuda"
         if backend == "cuda":
             raise ValueError(
                 "the cuda back end runs on a GPU, in float32, bfloat16 or float16, with at most 64 states of their own decays; "
-                f"u is {u.dtype} on {u.device}, N is {b.shape[1]}"
+                f"u is {u.dtype} on {u.device}, N is {given.B.shape[1]}"
             )
         return "plain"
     from superb_probe.upstreams import scan_cpu
 
-    if scan_cpu.supports(u, delta, a, b, *others):
+    if scan_cpu.supports(given):
         return "cpu"
     if backend == "cpu":
         raise ValueError(
@@ -160,7 +160,7 @@ def choose_backend(backend: str, u: Tensor, delta: Tensor, a: Tensor, b: Tensor,
     return "plain"
 
 
-def _other_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _other_scan(backend: str) -> Callable[[ScanInputs], tuple[Tensor, Tensor]]:
     if backend == "cpu":
         from superb_probe.upstreams.scan_cpu import selective_scan_cpu
 
@@ -172,15 +172,13 @@ def _other_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return _scan_of_mamba_ssm
 
 
-def _scan_of_mamba_ssm(
-    *inputs: Tensor | bool | None, reverse: bool, num_frames: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _scan_of_mamba_ssm(given: ScanInputs) -> tuple[Tensor, Tensor]:
     """mamba_ssm's own kernel on what it can do.
 
     Raises:
         ValueError: if it is asked for more, or is not installed.
     """
-    if reverse or num_frames is not None or initial_state is not None:
+    if given.reverse or given.num_frames is not None or given.initial_state is not None:
         raise ValueError(
             "the mamba_ssm back end knows no reverse, num_frames or initial_state: leave them, or take another"
         )
@@ -189,7 +187,8 @@ def _scan_of_mamba_ssm(
         raise ValueError(
             "the mamba_ssm back end wants mamba_ssm, which cannot be imported: `superb-probe doctor` says why"
         )
-    y, last = scan(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs), return_last_state=True)
+    tensors = [None if x is None else x.contiguous() for x in given.tensors[:8]]
+    y, last = scan(*tensors, given.delta_softplus, return_last_state=True)
     return y, last
 
 
@@ -287,23 +286,3 @@ def _chunk_in_place(
     for decay, inputs, weights in reversed(steps) if reverse else steps:
         state = decay.mul_(state).addcmul_(inputs, weights)
     return states, last.copy_(state)
-
-
-def _check_shapes(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None) -> None:
-    batch, width, frames = u.shape
-    size = b.shape[1]
-    expected = {
-        "delta": (delta, (batch, width, frames)),
-        "A": (a, (width, 1 if a.shape[-1] == 1 else size)),
-        "B": (b, (batch, size, frames)),
-        "C": (c, (batch, size, frames)),
-    }
-    if state is not None:
-        expected["initial_state"] = (state, (batch, width, size))
-    wrong = [
-        f"{name} has shape {tuple(tensor.shape)}, expected {shape}"
-        for name, (tensor, shape) in expected.items()
-        if tuple(tensor.shape) != shape
-    ]
-    if wrong:
-        raise ValueError(f"selective_scan with u of shape (B, E, T) = {tuple(u.shape)}: " + "; ".join(wrong))

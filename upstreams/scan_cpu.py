@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from superb_probe.upstreams.cpu_kernels import address, innermost, library
+from superb_probe.upstreams.scan_inputs import ScanInputs
 
 KEPT_FRAMES = 16  # frames between kept states: TILE of the source
 _LANES = 16
@@ -38,37 +39,24 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def supports(*tensors: Tensor | None) -> bool:
+def supports(inputs: ScanInputs) -> bool:
     """Whether the kernel can run on inputs: dense CPU tensors of at most fp32, and a compiler on this machine."""
     known = (torch.float32, torch.bfloat16, torch.float16)
-    given = [x for x in tensors if x is not None]
+    given = [x for x in inputs.tensors if x is not None]
     plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in known for x in given)
     return plain and all(x.numel() > 0 for x in given) and library() is not None
 
 
-def selective_scan_cpu(
-    u: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    reverse: bool = False,
-    num_frames: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`selective_scan` on inputs that `supports` allows; shapes as there."""
-    sequences = (None if x is None else x.float().transpose(1, 2) for x in (u, delta, b, c, z))
+def selective_scan_cpu(given: ScanInputs) -> tuple[Tensor, Tensor]:
+    """`selective_scan` on inputs that `supports` allows."""
+    u, initial_state, num_frames = given.u, given.initial_state, given.num_frames
+    sequences = (None if x is None else x.float().transpose(1, 2) for x in (u, given.delta, given.B, given.C, given.z))
     # The kernel's exponentials have base 2.
-    decays = a.float().t() * math.log2(math.e)
-    d, bias = (None if x is None else x.float() for x in (d, delta_bias))
+    decays = given.A.float().t() * math.log2(math.e)
+    d, bias = (None if x is None else x.float() for x in (given.D, given.delta_bias))
     initial = None if initial_state is None else initial_state.float().transpose(1, 2)
     lengths = None if num_frames is None else num_frames.to(torch.int64).contiguous()
-    options = delta_softplus, reverse, torch.is_grad_enabled()
+    options = given.delta_softplus, given.reverse, torch.is_grad_enabled()
     y, last = _Scan.apply(*sequences, decays, d, bias, initial, lengths, *options)  # type: ignore[no-untyped-call]
     return y.to(u.dtype).transpose(1, 2), last.transpose(1, 2)
 

@@ -9,9 +9,7 @@ their true states. Two scans of one shape, one forwards in time and one backward
 from __future__ import annotations
 
 import ctypes
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,94 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from superb_probe.upstreams.cuda_kernels import KINDS, can_run, in_pairs, launch, processor_count, shared_limit_bytes
+from superb_probe.upstreams.scan_inputs import ScanInputs
+from superb_probe.upstreams.scan_layout import GradientLayout, Split, choose_gradient_layout, choose_split
 
 SOURCE = "scan_forward.cu"
 GRADIENT_SOURCE = "scan_backward.cu"
 MAX_STATES = 64
-MAX_SHARED_BYTES = 48 * 1024  # of a block of the forward pass, which declares its shared memory
 NAMES = ("U", "DELTA", "B", "C", "Z")
-LANE_STATES = 12  # states of all its channels that a lane holds, where a group of eight lanes is enough
-RESIDENT = 5  # blocks of a processor: so all of batch 16 runs at once
-MIN_CHUNK_FRAMES = 470
-# Times over that a processor could hold its blocks: from here on scanning pieces of time twice is faster than idling.
-WORTH_SPLITTING = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """How a scan is laid over the chip.
-
-    Attributes:
-        channels: of a lane.
-        group: lanes that share a channel's states.
-        chunks: pieces of time.
-        polynomial: of a lane's channels x states, how many take their exponential on the multiply-add units.
-        threads: of a block.
-        resident: blocks of a processor that the registers must have room for.
-        tile: frames between two barriers, a multiple of the group.
-        unroll: of the loop over a tile.
-    """
-
-    channels: int
-    group: int
-    chunks: int
-    polynomial: int = 0
-    threads: int = 128
-    resident: int = 1
-    tile: int = 8
-    unroll: int = 2
-
-    def shared_bytes(self, states: int) -> int:
-        """Memory that a block shares, in two halves: step sizes and drives, B and C, shares of y; as `Shared` of the source."""
-        sets = self.threads // self.group
-        staged = sets * 2 * self.channels
-        weights = self.group * 2 * -(-states // self.group)
-        return 4 * 2 * self.tile * (staged + weights + sets * self.channels + 16)
-
-
-@dataclass(frozen=True, slots=True)
-class GradientLayout:
-    """How the backward pass is laid over the chip.
-
-    Attributes:
-        channels: of a lane.
-        threads: of a block.
-        resident: blocks of a processor that the registers must have room for.
-        chunk_frames: frames between the states that the forward pass keeps.
-    """
-
-    channels: int
-    threads: int
-    resident: int
-    chunk_frames: int
-
-    @property
-    def block_channels(self) -> int:
-        """Channels of a block: four lanes share them."""
-        return self.threads // 4 * self.channels
-
-    def shared_bytes(self, states: int) -> int:
-        """Memory that a block shares: tiles of B and C, sums of its warps, states within a chunk, A."""
-        own = -(-states // 4)
-        tiles = 2 * self.chunk_frames * 4 * own
-        sums = 2 * (self.threads // 32) * 2 * 4 * 4 * own
-        return 4 * (tiles + sums + (self.chunk_frames // 4 + 1) * own * self.channels * self.threads)
-
-
-def choose_gradient_layout(states: int, pairs: bool, limit_bytes: int) -> GradientLayout:
-    """The layout of a backward pass.
-
-    Args:
-        states: N.
-        pairs: whether two neighbouring channels can be read at once.
-        limit_bytes: of memory that a block can share.
-    """
-    channels = 2 if pairs and states <= 32 else 1
-    for chunk_frames in (32, 16, 8):
-        layout = GradientLayout(channels, 128, 3, chunk_frames)
-        if layout.shared_bytes(states) <= limit_bytes:
-            break
-    return layout
 
 
 class _Arguments(ctypes.Structure):
@@ -134,108 +51,49 @@ class _GradientArguments(ctypes.Structure):
     ]
 
 
-def supports(u: Tensor, b: Tensor, a: Tensor) -> bool:
+def supports(given: ScanInputs) -> bool:
     """Whether the kernel can run on inputs like these: a GPU, a dtype it knows, at most 64 states, each with its own decay."""
-    return can_run(u.device, u.dtype) and b.shape[1] <= MAX_STATES and a.shape[1] == b.shape[1] and u.shape[2] > 0
-
-
-def choose_split(batch: int, width: int, frames: int, states: int, pairs: bool, processors: int) -> Split:
-    """The layout for a shape, as measured on an H100 with bf16.
-
-    Args:
-        batch: B.
-        width: E.
-        frames: T.
-        states: N.
-        pairs: whether two neighbouring channels can be read at once.
-        processors: of the GPU.
-    """
-    channels = 2 if pairs else 1
-    group = min(8, 1 << (-(-states * channels // LANE_STATES) - 1).bit_length())
-    split = Split(channels, group, 1, resident=RESIDENT if channels * -(-states // group) <= LANE_STATES else 2)
-    while split.shared_bytes(states) > MAX_SHARED_BYTES:
-        split = dataclasses.replace(split, threads=split.threads // 2)
-    blocks = batch * -(-width // (split.threads // group * channels))
-    places = processors * split.resident
-    chunks = min(places // blocks, frames // MIN_CHUNK_FRAMES) if places // blocks >= WORTH_SPLITTING else 1
-    return dataclasses.replace(split, chunks=max(1, chunks))
+    states = given.B.shape[1]
+    own_decays = given.A.shape[1] == states
+    return can_run(given.u.device, given.u.dtype) and states <= MAX_STATES and own_decays and given.u.shape[2] > 0
 
 
 def selective_scan_cuda(
-    u: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    reverse: bool = False,
-    num_frames: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    split: Split | None = None,
-    layout: GradientLayout | None = None,
+    given: ScanInputs, split: Split | None = None, layout: GradientLayout | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` on a GPU; shapes as there, all values worked on in the dtype of u, the state in fp32.
+    """`selective_scan` on a GPU: all values are worked on in the dtype of u, the state in fp32.
 
     Args:
-        u: (B, E, T), and so on as in `selective_scan`.
-        delta: (B, E, T).
-        a: (E, N).
-        b: (B, N, T).
-        c: (B, N, T).
-        d: (E,).
-        z: (B, E, T).
-        delta_bias: (E,).
-        delta_softplus: whether softplus is applied to delta.
-        reverse: run backwards in time.
-        num_frames: (B,).
-        initial_state: (B, E, N).
+        given: what `supports` allows.
         split: how the forward pass is laid out; by default what was fast for the shape.
         layout: how the backward pass is.
     """
-    inputs = _Inputs.of(u, delta, a, b, c, d, z, delta_bias, delta_softplus, reverse, num_frames, initial_state)
+    inputs = _Inputs.of(given)
     split = inputs.split() if split is None else split
-    if inputs.recorded():
+    if given.recorded():
         if layout is None:
-            layout = choose_gradient_layout(b.shape[1], inputs.pairs(), shared_limit_bytes(u.device))
+            layout = choose_gradient_layout(given.B.shape[1], inputs.pairs(), shared_limit_bytes(given.u.device))
         y, last = _Scan.apply(*inputs, split, layout)  # type: ignore[no-untyped-call]
     else:
         y, last, _ = _forward([inputs], split, 0)[0]
     return y.transpose(1, 2), last
 
 
-def selective_scan_both(ahead: Mapping[str, Any], back: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+def selective_scan_both(ahead: ScanInputs, back: ScanInputs) -> tuple[Tensor, Tensor] | None:
     """Two scans without gradients in one launch: the outputs (B, E, T), or None where they cannot share one.
 
     Args:
-        ahead: arguments of `selective_scan`, without `reverse`.
-        back: arguments of another one, which runs backwards in time.
+        ahead: forwards in time.
+        back: backwards in time.
     """
-    if not all(supports(each["u"], each["B"], each["A"]) for each in (ahead, back)):
+    both = (ahead, back)
+    if (ahead.reverse, back.reverse) != (False, True) or not all(supports(each) for each in both):
         return None
-    order = (
-        "u",
-        "delta",
-        "A",
-        "B",
-        "C",
-        "D",
-        "z",
-        "delta_bias",
-        "delta_softplus",
-        "reverse",
-        "num_frames",
-        "initial_state",
-    )
-    given: list[dict[str, Any]] = [{**ahead, "reverse": False}, {**back, "reverse": True}]
-    scans = [_Inputs.of(*[each.get(name) for name in order]) for each in given]  # type: ignore[arg-type]
+    scans = [_Inputs.of(each) for each in both]
     split = scans[0].split(2)
     same = all(a is not None and a.shape == b.shape for a, b in zip(scans[0][:5], scans[1][:5], strict=True))
     macros = [{**each.forward_macros(split), "REVERSE": 0, "PAIRS": int(each.pairs())} for each in scans]
-    if not same or macros[0] != macros[1] or any(each.recorded() for each in scans):
+    if not same or macros[0] != macros[1] or any(each.recorded() for each in both):
         return None
     first, second = _forward(scans, split, 0)
     return first[0].transpose(1, 2), second[0].transpose(1, 2)
@@ -258,31 +116,18 @@ class _Inputs(NamedTuple):
     reverse: bool
 
     @classmethod
-    def of(
-        cls,
-        u: Tensor,
-        delta: Tensor,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor,
-        d: Tensor | None,
-        z: Tensor | None,
-        bias: Tensor | None,
-        softplus: bool,
-        reverse: bool,
-        num_frames: Tensor | None,
-        initial: Tensor | None,
-    ) -> _Inputs:
-        """From the arguments of `selective_scan`, by operations that gradients go through."""
-        u, delta, b, c = (_channels_last(x, u.dtype) for x in (u, delta, b, c))
-        z = None if z is None else _channels_last(z, u.dtype)
-        d, bias, initial = (None if x is None else x.float().contiguous() for x in (d, bias, initial))
-        lengths = None if num_frames is None else num_frames.to(device=u.device, dtype=torch.int64).contiguous()
-        return cls(u, delta, a.float().contiguous(), b, c, d, z, bias, initial, lengths, bool(softplus), reverse)
-
-    def recorded(self) -> bool:
-        """Whether gradients are wanted."""
-        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in self)
+    def of(cls, given: ScanInputs) -> _Inputs:
+        """From what `selective_scan` was given, by operations that gradients go through."""
+        dtype, device = given.u.dtype, given.u.device
+        u, delta, b, c = (_channels_last(x, dtype) for x in (given.u, given.delta, given.B, given.C))
+        z = None if given.z is None else _channels_last(given.z, dtype)
+        constants = (given.D, given.delta_bias, given.initial_state)
+        d, bias, initial = (None if x is None else x.float().contiguous() for x in constants)
+        lengths = (
+            None if given.num_frames is None else given.num_frames.to(device=device, dtype=torch.int64).contiguous()
+        )
+        softplus, reverse = bool(given.delta_softplus), given.reverse
+        return cls(u, delta, given.A.float().contiguous(), b, c, d, z, bias, initial, lengths, softplus, reverse)
 
     def pairs(self) -> bool:
         """Whether two neighbouring channels can be read at once."""

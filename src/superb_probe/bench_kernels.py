@@ -19,6 +19,7 @@ from superb_probe.errors import RequestError
 from superb_probe.upstreams.load import DTYPES
 from superb_probe.upstreams.mamba import Mamba
 from superb_probe.upstreams.scan import choose_backend, mamba_ssm_scan, selective_scan
+from superb_probe.upstreams.scan_inputs import ScanInputs
 from superb_probe.upstreams.transformer import TransformerLayer
 
 PARTS = ("scan", "scan-gradients", "block", "block-gradients")
@@ -147,9 +148,9 @@ def _scan_by(backend: str, *values: Tensor) -> Tensor:
 
 
 def _can_run(backend: str, values: list[Tensor]) -> bool:
-    u, delta, a, b, *others = values
+    u, delta, a, b, c, d, z, bias = values
     try:
-        return choose_backend(backend, u, delta, a, b, *others) == backend
+        return choose_backend(backend, ScanInputs(u, delta, a, b, c, d, z, bias)) == backend
     except ValueError:
         return False
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from superb_probe.commands_flags import add_json
 from superb_probe.commands_output import print_json, stdout_to_stderr
 from superb_probe.errors import RequestError
 
@@ -47,7 +48,7 @@ def add_commands(subparsers: Any) -> None:
         "--reach-ms", type=float, default=60.0, metavar="MS", help="how far a token reaches into blanks (default: 60)"
     )
     align.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    align.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(align)
     align.set_defaults(handler=write_alignments)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from superb_probe import commands_compute, commands_latency
+from superb_probe.commands_flags import add_json, add_random
 from superb_probe.commands_output import print_json, stdout_to_stderr, table
 from superb_probe.errors import RequestError
 
@@ -146,8 +147,8 @@ def _add_figures(kinds: Any) -> None:
 def _add_shared(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--upstream", nargs="+", required=True, metavar="NAME", help="encoders, as for run")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of the encoder")
-    parser.add_argument("--size", help="test, tiny, small or base")
-    parser.add_argument("--random", type=int, metavar="SEED", help="random weights from this seed")
+    parser.add_argument("--size", help="test, tiny, matched, small or base")
+    add_random(parser)
     parser.add_argument("--beside", nargs="+", choices=("fbank", "random", "none"), default=["fbank", "random"],
                         help="also filter banks, and each trained encoder with random weights (default: both)")  # fmt: skip
     parser.add_argument(
@@ -181,10 +182,10 @@ def _add_shared(parser: argparse.ArgumentParser, kind: str) -> None:
         "--figure",
         type=Path,
         metavar="FILE",
-        help=f"the figure, with its CSV beside it (default: results/analysis_{kind}.png)",
+        help=f"the figure, with its CSV beside it, or none (default: results/analysis_{kind}.png)",
     )
     parser.add_argument("--overwrite", action="store_true", help="analyse again what has a record")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout: the records")
+    add_json(parser, ": the records")
 
 
 def _request(args: argparse.Namespace) -> Any:
@@ -263,14 +264,14 @@ def _finish(args: argparse.Namespace, run: Callable[[], list[AnalysisRecord]], f
     with stdout_to_stderr(args.json):
         records = run()
         first = args.figure or Path("results") / f"analysis_{figures[0]}.png"
-        files = draw_analysis(records, figures[0], first)
-        for kind in figures[1:]:
-            files += draw_analysis(records, kind, first.with_name(f"{first.stem}_{kind}{first.suffix}"))
+        files: list[Path] = []
+        for number, kind in enumerate(figures if first != Path("none") else ()):
+            out = first if number == 0 else first.with_name(f"{first.stem}_{kind}{first.suffix}")
+            files += draw_analysis(records, kind, out)
     if args.json:
         print_json({"records": [each.to_dict() for each in records], "files": [str(file) for file in files]})
         return 0
-    print(summary(records))
-    print("\n".join(map(str, files)))
+    print("\n".join([summary(records), *map(str, files)]))
     return 0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from superb_probe.commands_flags import add_json, add_threads
 from superb_probe.errors import RequestError
 
 PROBING_TASKS = ("ic", "pr", "asr", "asv")
@@ -26,6 +27,7 @@ def add_commands(subparsers: Any) -> None:
     kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
     _add_probing(kinds)
     _add_parts(kinds)
+    _add_dtw(kinds)
     _add_encoders(kinds)
 
 
@@ -69,23 +71,6 @@ def _add_parts(kinds: Any) -> None:
     )
     weighted.set_defaults(handler=run_weighted_sum)
 
-    dtw = kinds.add_parser(
-        "dtw",
-        help="query by example's search, all layers at once, beside dtw-python",
-        description="One query in some documents: the whole search and its recurrence alone, in processor time on a CPU.",
-    )
-    _common(dtw, encoder=False)
-    dtw.add_argument(
-        "--shape",
-        nargs=5,
-        type=int,
-        default=[13, 768, 50, 40, 330],
-        metavar=("L", "D", "Q", "N", "T"),
-        help="layers, width, query frames, documents, their longest (default: 13 768 50 40 330)",
-    )
-    _add_turns(dtw, 5)
-    dtw.set_defaults(handler=run_dtw)
-
     extraction = kinds.add_parser(
         "extraction",
         help="FLAC on disk to a weighted-sum training batch, against the encoder alone",
@@ -117,6 +102,25 @@ def _add_parts(kinds: Any) -> None:
     sweep.add_argument("--no-layers", action="store_true", help="leave --layer all out")
     sweep.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of one run")
     sweep.set_defaults(handler=run_sweep)
+
+
+def _add_dtw(kinds: Any) -> None:
+    dtw = kinds.add_parser(
+        "dtw",
+        help="query by example's search, all layers at once, beside dtw-python",
+        description="One query in some documents: the whole search and its recurrence alone, in processor time on a CPU.",
+    )
+    _common(dtw, encoder=False)
+    dtw.add_argument(
+        "--shape",
+        nargs=5,
+        type=int,
+        default=[13, 768, 50, 40, 330],
+        metavar=("L", "D", "Q", "N", "T"),
+        help="layers, width, query frames, documents, their longest (default: 13 768 50 40 330)",
+    )
+    _add_turns(dtw, 5)
+    dtw.set_defaults(handler=run_dtw)
 
 
 def _add_encoders(kinds: Any) -> None:
@@ -182,8 +186,8 @@ def _add_turns(parser: Any, repeats: int) -> None:
 
 def _common(parser: Any, encoder: bool = True) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_threads(parser)
+    add_json(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON document here too")
     if encoder:
         parser.add_argument("--size", default="base", help="of the encoder with random weights (default: base)")

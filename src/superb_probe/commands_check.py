@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from superb_probe.commands_flags import add_json, add_weights
+
 
 def add_commands(subparsers: Any) -> None:
     """Add `check` and `conformance`."""
@@ -18,10 +20,8 @@ def add_commands(subparsers: Any) -> None:
     )
     check.add_argument("what", choices=("upstream",))
     check.add_argument("name")
-    check.add_argument("--checkpoint", metavar="FILE", help="weights to load")
-    check.add_argument("--size", help="test, tiny, small or base")
-    check.add_argument("--random", type=int, metavar="SEED", help="random weights from this seed")
-    check.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_weights(check)
+    add_json(check)
     check.set_defaults(handler=check_upstream)
 
     conformance = subparsers.add_parser(
@@ -31,7 +31,7 @@ def add_commands(subparsers: Any) -> None:
         epilog="examples:\n  superb-probe conformance fixtures\n  superb-probe conformance fixtures --json",
     )
     conformance.add_argument("folder", type=Path, metavar="DIR")
-    conformance.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(conformance)
     conformance.set_defaults(handler=run_conformance)
 
 

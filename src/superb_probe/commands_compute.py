@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superb_probe.commands_flags import add_device, add_json, add_threads
 from superb_probe.commands_output import print_json, stdout_to_stderr, table
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def add_compute(subparsers: Any) -> None:
         "  superb-probe analyze compute --mode forward recorded train --device cuda --out docs/compute --time-limit 110",
     )
     parser.add_argument("--upstream", nargs="+", default=list(_NAMES), metavar="NAME", help="HuBERTs of this project")
-    parser.add_argument("--size", default="base", help="test, tiny, small or base (default: %(default)s)")
+    parser.add_argument("--size", default="base", help="test, tiny, matched, small or base (default: %(default)s)")
     parser.add_argument(
         "--mode",
         nargs="+",
@@ -50,10 +51,10 @@ def add_compute(subparsers: Any) -> None:
     )
     parser.add_argument("--point-limit", type=float, default=10.0, metavar="S", help="longest pass (default: 10)")
     parser.add_argument("--macs-only", action="store_true", help="count, and measure nothing")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    add_device(parser)
+    add_threads(parser)
     parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.csv, STEM.png and STEM.svg")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(parser)
     parser.set_defaults(handler=run_compute)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superb_probe.commands_flags import add_device, add_json, add_weights
 from superb_probe.commands_output import print_json
 from superb_probe.errors import CheckError, RequestError, all_at_once
 
@@ -31,10 +32,8 @@ def add_commands(subparsers: Any) -> None:
     extract.add_argument("file", nargs="+", type=Path, metavar="FILE", help="audio files")
     extract.add_argument("--upstream", metavar="NAME", help="the encoder (needed)")
     extract.add_argument("--out", type=Path, metavar="DIR", help="folder for the states (needed)")
-    extract.add_argument("--checkpoint", metavar="FILE", help="weights to load")
-    extract.add_argument("--size", help="test, tiny, small or base")
-    extract.add_argument("--random", type=int, metavar="SEED", help="random weights from this seed")
-    extract.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    add_weights(extract)
+    add_device(extract)
     extract.set_defaults(handler=extract_states)
 
     convert = subparsers.add_parser(
@@ -74,7 +73,7 @@ def _add_prepare(subparsers: Any) -> None:
     )
     prepare.add_argument("--partial", action="store_true", help="a corpus: accept fewer utterances than published")
     prepare.add_argument("--read-audio", action="store_true", help="a corpus: decode every file, not only its header")
-    prepare.add_argument("--json", action="store_true", help="one JSON document on stdout: the files written")
+    add_json(prepare, ": the files written")
     prepare.set_defaults(handler=prepare_manifests)
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from superb_probe.commands_flags import add_json, add_weights
 from superb_probe.commands_output import print_json, stdout_to_stderr, table
 from superb_probe.errors import RequestError
 
@@ -23,9 +24,7 @@ def add_commands(subparsers: Any) -> None:
     export.add_argument("tool", choices=("s3prl", "transformers"))
     export.add_argument("name", metavar="NAME", help="a registered upstream")
     export.add_argument("folder", type=Path, metavar="DIR")
-    export.add_argument("--checkpoint", metavar="FILE", help="weights to load")
-    export.add_argument("--size", help="test, tiny, small or base")
-    export.add_argument("--random", type=int, metavar="SEED", help="random weights from this seed")
+    add_weights(export)
     export.set_defaults(handler=export_encoder)
 
     submit = subparsers.add_parser(
@@ -68,7 +67,7 @@ def _add_import(subparsers: Any) -> None:
         "--checkpoint", type=Path, metavar="FILE", help="the encoder's weights (default: where s3prl had them)"
     )
     taking.add_argument("--overwrite", choices=("never", "failed", "always"), default="never", help="default: never")
-    taking.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(taking)
     taking.set_defaults(handler=import_experiment)
 
 

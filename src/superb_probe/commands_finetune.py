@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superb_probe.commands_flags import add_device, add_json, add_random, add_threads
 from superb_probe.commands_output import print_json, stdout_to_stderr, table
 from superb_probe.errors import RequestError
 from superb_probe.settings import pairs, parse_duration
@@ -36,16 +37,16 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--time-limit", metavar="TIME", help="stop with a checkpoint after this long, as 25m")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout: the description")
+    add_device(parser)
+    add_json(parser, ": the description")
     parser.set_defaults(handler=run_finetuning)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upstream", required=True, metavar="NAME", help="a HuBERT of this project")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights")
-    parser.add_argument("--size", help="without a checkpoint: test, tiny, small or base")
-    parser.add_argument("--random", type=int, metavar="SEED", help="random weights from this seed")
+    parser.add_argument("--size", help="without a checkpoint: test, tiny, matched, small or base")
+    add_random(parser)
     parser.add_argument("--upstream-option", nargs="+", default=[], metavar="NAME=VALUE", help="the encoder's own")
     parser.add_argument(
         "--head", choices=("lstm", "blstm", "conv", "linear"), default="lstm",
@@ -95,7 +96,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--evaluate-every", type=int, default=200, metavar="N", help="updates (default: 200)")
     parser.add_argument("--seed", type=int, default=1, help="of order, masks, dropout and the head (default: 1)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    add_threads(parser)
 
 
 def run_finetuning(args: argparse.Namespace) -> int:

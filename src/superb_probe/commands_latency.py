@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from superb_probe.commands_flags import add_json
 from superb_probe.commands_output import print_json, stdout_to_stderr, table
 from superb_probe.errors import RequestError
 from superb_probe.settings import pairs
@@ -38,7 +39,7 @@ def add_latency(subparsers: Any) -> None:
     parser.add_argument("--alignments", type=Path, metavar="TSV", help="id, words, word_ends_ms (default: mini's)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first utterances")
     parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.csv, STEM.png and STEM.svg")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(parser)
     parser.set_defaults(handler=run_latency)
 
 

@@ -6,6 +6,7 @@ import argparse
 import inspect
 from typing import Any
 
+from superb_probe.commands_flags import add_json
 from superb_probe.commands_output import print_json, table
 from superb_probe.registry import Registry
 
@@ -22,7 +23,7 @@ def add_commands(subparsers: Any) -> None:
     )
     listing.add_argument("what", choices=_KINDS)
     listing.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'mamba*'")
-    listing.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(listing)
     listing.set_defaults(handler=list_names)
 
     show = subparsers.add_parser(
@@ -34,8 +35,8 @@ def add_commands(subparsers: Any) -> None:
     show.add_argument("what", choices=("upstream", "task"))
     show.add_argument("name")
     show.add_argument("--checkpoint", metavar="FILE", help="(upstream) weights to describe")
-    show.add_argument("--size", help="(upstream) size to describe: test, tiny, small or base")
-    show.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    show.add_argument("--size", help="(upstream) size to describe: test, tiny, matched, small or base")
+    add_json(show)
     show.set_defaults(handler=show_name)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superb_probe.commands_flags import add_device
 from superb_probe.errors import RequestError
 from superb_probe.settings import parse_duration
 
@@ -55,7 +56,7 @@ def add_commands(subparsers: Any) -> None:
     command.add_argument("--seed", type=int, help="over the recipe's")
     command.add_argument("--time-limit", metavar="TIME", help="stop with a checkpoint after this long, as 90m or 8h")
     command.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    add_device(command)
     command.add_argument("--half", action="store_true", help="export float16 weights")
     command.add_argument("--license", default="unknown", metavar="TEXT", help="of the weights (default: %(default)s)")
     command.add_argument("--no-graphs", action="store_true", help="record no CUDA graphs")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superb_probe.commands_flags import add_json
 from superb_probe.commands_output import print_json, stdout_to_stderr, table
 from superb_probe.errors import RequestError, unknown_name
 
@@ -98,7 +99,7 @@ def _add_compare(subparsers: Any) -> None:
     compare.add_argument("a", metavar="A", help="an upstream, or NAME@REVISION; NAME:shuffle is its control")
     compare.add_argument("b", metavar="B", help="the other")
     _add_runs(compare)
-    compare.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(compare)
     compare.set_defaults(handler=write_comparison)
 
 
@@ -116,7 +117,7 @@ def _add_verify(subparsers: Any) -> None:
     verify.add_argument("--data", nargs="+", default=[], metavar="NAME=DIR", help="the corpus, as for run")
     verify.add_argument("--root", type=Path, metavar="DIR", help="what the manifests' audio is relative to, as for run")
     verify.add_argument("--manifest", nargs="+", default=[], metavar="SPLIT=TSV", help="your own data, as for run")
-    verify.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(verify)
     verify.set_defaults(handler=write_verification)
 
 

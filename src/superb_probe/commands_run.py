@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superb_probe.commands_flags import add_json
 from superb_probe.commands_output import print_json, stdout_to_stderr, table
 from superb_probe.errors import RequestError
 from superb_probe.settings import RUN_FLAGS, Flag, layer_value, load_settings, named_roots, pairs, read_sweep, resolve
@@ -34,7 +35,7 @@ def add_commands(subparsers: Any) -> None:
     for flag in RUN_FLAGS:
         _add_flag(parser, flag)
     parser.add_argument("--config", metavar="FILE", help="sweep file (YAML): any of these flags, with _ for -")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout: the list of records")
+    add_json(parser, ": the list of records")
     parser.set_defaults(handler=run_trials)
 
 

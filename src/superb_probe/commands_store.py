@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superb_probe.commands_flags import add_json
 from superb_probe.commands_output import print_json, table
 from superb_probe.errors import RequestError
 from superb_probe.settings import load_settings, parse_bytes
@@ -27,7 +28,7 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("what", choices=("list", "clean"))
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="default: store in superb.yaml")
     parser.add_argument("--keep", metavar="SIZE", help="clean: most that the stores may take afterwards, e.g. 50GB")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout: the stores listed or deleted")
+    add_json(parser, ": the stores listed or deleted")
     parser.set_defaults(handler=show_stores)
 
 

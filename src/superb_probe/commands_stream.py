@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superb_probe.commands_flags import add_device, add_json, add_random, add_threads
 from superb_probe.commands_output import print_json, stdout_to_stderr
 from superb_probe.errors import CheckError, RequestError
 
@@ -39,8 +40,8 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("--finetuned", type=Path, metavar="DIR", help="folder that `superb-probe finetune` wrote")
     parser.add_argument("--upstream", metavar="NAME", help="an encoder alone, without a head")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="the encoder's weights")
-    parser.add_argument("--size", help="of an encoder without a checkpoint: test, tiny, small or base")
-    parser.add_argument("--random", type=int, metavar="SEED", help="random weights from this seed")
+    parser.add_argument("--size", help="of an encoder without a checkpoint: test, tiny, matched, small or base")
+    add_random(parser)
     parser.add_argument("--upstream-option", nargs="+", default=[], metavar="NAME=VALUE", help="the encoder's own")
     parser.add_argument("--root", type=Path, metavar="DIR", help="with --record: the corpus folder of its data")
     parser.add_argument("--manifest", nargs="+", default=[], metavar="SPLIT=TSV", help="with --record: as for run")
@@ -49,9 +50,9 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("--loop", type=float, metavar="S", help="repeat a file until so many seconds have come")
     parser.add_argument("--check", action="store_true", help="compare the states with one pass; 1 if they differ")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw memory and speed over time (PNG, SVG, CSV)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the transcript")
+    add_device(parser)
+    add_threads(parser)
+    add_json(parser, " instead of the transcript")
     parser.set_defaults(handler=stream_input)
 
 

@@ -27,7 +27,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The arguments of `run`, which says what each of them is."""
+    """What `superb_probe.run` is asked.
+
+    Attributes:
+        upstream: names or `Upstream` objects.
+        task: names, aliases (sv, phoneme, intent) and suites (all, superb10, paper4); with a tier it may be left out.
+        checkpoint: weights of the one upstream that is named.
+        data: corpus folders by name; none: the embedded corpus.
+        manifest: your own data: TSVs by "train", "dev", "test", "trials", "dev_trials".
+        root: what the manifests' audio is relative to; None: each TSV's own folder.
+        head: the head, by name; None: the task's.
+        head_option: options of the head, e.g. {"width": 256} or, for ASR, {"lm": "3-gram.arpa"}; deviations, which the record names.
+        layer: read one layer instead of the weighted sum of all; "all": one probe a layer beside the weighted sum.
+        layer_norm: normalise every frame of every layer first.
+        feature_dtype: type the states are kept in: "float16", "bfloat16", "float32" or "int8".
+        crops: random crops kept of a long training utterance where the protocol crops; 0 encodes new ones each time.
+        size: of an upstream without a checkpoint: "test", "tiny", "matched", "small" or "base".
+        random: seed of random weights.
+        upstream_option: the upstream's own options.
+        budget: "small" or "full"; None: small under 10 hours of training audio and on `mini`.
+        steps: optimiser updates instead of the budget's; the record's budget is then named after them ("full:2000").
+        lr: learning rates; None: the protocol's grid, which grows while the best on dev lies at its edge.
+        seed: seeds of the probes.
+        protocol: "strict", "superb" or "mamba_hubert".
+        control: "shuffle" trains on permuted labels.
+        stop_hopeless: give up trials that fall behind others for good; recorded.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        out: folder of the records; None: results/runs.
+        store: folder of extracted states; None keeps them in memory.
+        store_limit: most that the stores in it may take: bytes, or "500GB".
+        store_clean: delete the least recently used stores when the limit asks for room.
+        states: where they are read from in training: "gpu", "memory", "disk" or "stream"; None: the fastest that they fit in.
+        padding: "exact": an utterance's states do not depend on its batch; "s3prl": batches are composed and padded as s3prl does, and
+            each is encoded anew, so that states of an utterance differ from update to update. Nothing is stored then.
+        limit: use only the first utterances of each split.
+        tier: "quick": PR, SID, ER and IC on seeded subsets.
+        time_limit: seconds, or "8h": what does not fit is dropped from the plan, and said.
+        overwrite: "never" returns a trial's record where there is one; "failed" runs failed trials again, "always" all.
+        dry_run: time the machine for a few seconds, print the plan and return nothing.
+    """
 
     upstream: str | Upstream | Sequence[str | Upstream]
     task: str | Sequence[str]

@@ -318,38 +318,15 @@ def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> 
         RequestError: for a head or a layer that is not there.
     """
     info, task, head = upstream.upstream.info, question.task, request.head
-    second = head is not None and head in task.info.heads[1:]
-    if second:
-        question = with_head(question, str(head))
+    if head is not None and head in task.info.heads[1:]:
+        question = with_head(question, head)
     if request.head_option:
         question = with_head_options(question, request.head_option)
     layers = choose_layers(request.layer, info.num_layers, task, info.name)
-    made = task.head(info.dim, question.folds[0].labels, dict(question.budget.head)) if task.info.trained else None
-    chosen_head = str(head) if second or made is None else head_name(made)
-    if made is None:
-        chosen_head = task.info.heads[0] if task.info.heads else "none"
-    if head not in (None, chosen_head):
-        known = ", ".join(task.info.heads or (chosen_head,))
-        raise RequestError(
-            f"--head {head}: {task.info.name} has no such head. Fix: one of {known}, or leave --head out"
-        )
+    chosen_head, least_frames = choose_head(question, head, info.dim)
     crops, crops_anew = choose_crops(question, request)
     budget = question.budget
-    options: dict[str, Any] = {
-        **identified(budget.head),
-        "accumulate": budget.accumulate,
-        "evaluate_every": budget.evaluate_every,
-    }
-    if budget.max_crop_s is not None:
-        options["max_crop_s"] = budget.max_crop_s
-    if crops or crops_anew:
-        options["crops"] = crops
-    if request.control is not None:
-        options["control"] = request.control
-    if request.stop_hopeless:
-        options["stop_hopeless"] = True
-    if request.padding != "exact":
-        options["padding"] = request.padding
+    options = training_options(budget, request, crops if crops or crops_anew else None)
     template = Trial(
         upstream=upstream.name,
         upstream_revision=info.revision,
@@ -372,10 +349,48 @@ def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> 
         lr=0.0,
         seed=0,
     )
-    least_frames = 1 if task.info.view == "mean" or made is None else max(1, made.min_frames)
     seeds = tuple(dict.fromkeys(request.seed)) if task.info.trained else (0,)
     padded = request.padding == "s3prl"
     return Job(upstream, question, template, seeds, layers, crops, crops_anew, padded, least_frames)
+
+
+def choose_head(question: Question, asked: str | None, dim: int) -> tuple[str, int]:
+    """The name of the head in records, and the fewest frames that it reads.
+
+    Raises:
+        RequestError: if another one was asked for than there is.
+    """
+    info = question.task.info
+    if info.trained:
+        made = question.task.head(dim, question.folds[0].labels, dict(question.budget.head))
+        name = asked if asked is not None and asked in info.heads[1:] else head_name(made)
+        least_frames = 1 if info.view == "mean" else max(1, made.min_frames)
+    else:
+        name, least_frames = info.heads[0] if info.heads else "none", 1
+    if asked not in (None, name):
+        known = ", ".join(info.heads or (name,))
+        raise RequestError(f"--head {asked}: {info.name} has no such head. Fix: one of {known}, or leave --head out")
+    return name, least_frames
+
+
+def training_options(budget: Budget, request: Request, crops: int | None) -> dict[str, Any]:
+    """What a record keeps as the head's options: these, and what else of the training makes it another run."""
+    options: dict[str, Any] = {
+        **identified(budget.head),
+        "accumulate": budget.accumulate,
+        "evaluate_every": budget.evaluate_every,
+    }
+    if budget.max_crop_s is not None:
+        options["max_crop_s"] = budget.max_crop_s
+    if crops is not None:
+        options["crops"] = crops
+    if request.control is not None:
+        options["control"] = request.control
+    if request.stop_hopeless:
+        options["stop_hopeless"] = True
+    if request.padding != "exact":
+        options["padding"] = request.padding
+    return options
 
 
 def choose_layers(layer: int | str | None, num_layers: int, task: Task, name: str) -> tuple[int | None, ...]:

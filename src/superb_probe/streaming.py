@@ -148,17 +148,13 @@ def stream_audio(
     info = upstream.info
     if stream is None:
         stream = upstream.stream(window_frames=window_frames)
-    head = None if recogniser is None else HeadStream(recogniser.head)
-    decoder = GreedyStream()
+    transcriber = None if recogniser is None else _Transcriber(recogniser)
     hop_s, rate = info.hop_samples / info.sample_rate_hz, info.sample_rate_hz
     report = Report(chunk_s, stream.delay_frames * hop_s, _window_samples(upstream) / rate)
     next_trace_s = 0.0
 
     def take(states: Tensor, started: float) -> None:
-        found = []
-        if recogniser is not None and head is not None and states.shape[1]:
-            with torch.inference_mode():
-                found = decoder.push(head.push(recogniser.read(states)))
+        found = [] if transcriber is None else transcriber.push(states)
         if states.is_cuda:
             torch.cuda.synchronize(states.device)
         spent = time.perf_counter() - started
@@ -166,17 +162,16 @@ def stream_audio(
         report.compute_s += spent
         if keep is not None:
             keep(states)
-        for frame, number in found:
-            assert recogniser is not None
-            report.emissions.append(Emission(recogniser.tokens[number], frame * hop_s, stream.num_samples / rate))
+        for frame, token, text in found:
+            report.emissions.append(Emission(token, frame * hop_s, stream.num_samples / rate))
             if show is not None:
-                show(recogniser.text(recogniser.tokens[number]))
+                show(text)
 
     for chunk in chunks:
         started = time.perf_counter()
         take(stream.push(chunk), started)
         audio_s = stream.num_samples / rate
-        carried = stream.state_bytes + (0 if head is None else head.state_bytes)
+        carried = stream.state_bytes + (0 if transcriber is None else transcriber.head.state_bytes)
         report.state_bytes = max(report.state_bytes, carried)
         if audio_s >= next_trace_s:
             report.trace.append((audio_s, report.compute_s, carried, resident_bytes()))
@@ -185,6 +180,22 @@ def stream_audio(
     take(stream.finish(), started)
     report.audio_s, report.frames = stream.num_samples / rate, stream.num_frames
     return report
+
+
+class _Transcriber:
+    """A recogniser on states as they come."""
+
+    def __init__(self, recogniser: Recogniser) -> None:
+        self.recogniser, self.head, self.decoder = recogniser, HeadStream(recogniser.head), GreedyStream()
+
+    @torch.inference_mode()
+    def push(self, states: Tensor) -> list[tuple[int, str, str]]:
+        """The tokens that the next states (L, T, D) begin: frame, token, and what is shown of it."""
+        if not states.shape[1]:
+            return []
+        tokens, show = self.recogniser.tokens, self.recogniser.text
+        found = self.decoder.push(self.head.push(self.recogniser.read(states)))
+        return [(frame, tokens[number], show(tokens[number])) for frame, number in found]
 
 
 def _window_samples(upstream: Upstream) -> int:

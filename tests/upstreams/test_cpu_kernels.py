@@ -15,6 +15,7 @@ from superb_probe.errors import CheckError
 from superb_probe.upstreams import cpu_kernels, fused_cpu, linear
 from superb_probe.upstreams.mamba import depthwise_conv
 from superb_probe.upstreams.scan import choose_backend, selective_scan
+from superb_probe.upstreams.scan_inputs import ScanInputs
 
 needs_compiler = pytest.mark.skipif(cpu_kernels.find_compiler() is None, reason="no C++ compiler on this machine")
 SHAPES = [(1, 7, 1, 1), (3, 37, 5, 71), (2, 16, 64, 33), (1, 48, 24, 130), (2, 33, 1, 17)]  # B, E, N, T
@@ -71,7 +72,8 @@ def scan_errors(shape: tuple[int, int, int, int], reverse: bool, full: bool, sha
 def test_the_cpu_scan_and_its_gradients(
     shape: tuple[int, int, int, int], shared: bool, full: bool, reverse: bool
 ) -> None:
-    assert all(error < 5e-6 for error in scan_errors(shape, reverse, full, shared, "cpu"))  # not max(): it may drop a NaN
+    errors = scan_errors(shape, reverse, full, shared, "cpu")
+    assert all(error < 5e-6 for error in errors)  # not max(): it may drop a NaN
 
 
 MUTANTS = {
@@ -195,7 +197,7 @@ def test_linear_by_either_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler_the_plain_scan_runs(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     ones = torch.ones(1, 1, 3)
-    assert choose_backend("auto", ones, ones, -torch.ones(1, 1), ones, ones) == "plain"
+    assert choose_backend("auto", ScanInputs(ones, ones, -torch.ones(1, 1), ones, ones)) == "plain"
     assert fused_cpu.waveform_conv_gelu(torch.ones(1, 9), torch.ones(1, 2, 3), torch.ones(1, 2), 1) is None
     with pytest.raises(ValueError, match="compiler"):
         selective_scan(ones, ones, -torch.ones(1, 1), ones, ones, backend="cpu")
@@ -217,7 +219,7 @@ def test_the_switch_turns_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu_kernels.SWITCH, "0")
     ones = torch.ones(1, 1, 3)
     assert cpu_kernels.library() is None
-    assert choose_backend("auto", ones, ones, -torch.ones(1, 1), ones, ones) == "plain"
+    assert choose_backend("auto", ScanInputs(ones, ones, -torch.ones(1, 1), ones, ones)) == "plain"
 
 
 @needs_compiler

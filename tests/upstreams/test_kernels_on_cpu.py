@@ -17,7 +17,9 @@ from torch import Tensor
 
 from superb_probe.upstreams import cpu_kernels, cuda_kernels, fused_cuda, mamba, scan_cuda
 from superb_probe.upstreams.scan import selective_scan
-from superb_probe.upstreams.scan_cuda import GradientLayout, Split, selective_scan_both, selective_scan_cuda
+from superb_probe.upstreams.scan_cuda import selective_scan_both, selective_scan_cuda
+from superb_probe.upstreams.scan_inputs import ScanInputs
+from superb_probe.upstreams.scan_layout import GradientLayout, Split
 
 COMPILER = cpu_kernels.find_compiler()
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, reason="no C++ compiler, or not Linux")
@@ -107,11 +109,15 @@ def draw(dtype: torch.dtype, batch: int, width: int, frames: int, states: int) -
     return [u, delta, a, b, c, torch.randn(width), z, torch.randn(width) - 3.0, torch.randn(batch, width, states)]
 
 
-def gradients(values: list[Tensor], wide: bool, **options: Any) -> list[Tensor]:
-    """The outputs of a scan, and the gradients of all it is given."""
-    given = [(value.double() if wide else value.clone()).detach().requires_grad_() for value in values]
-    scan = selective_scan if wide else selective_scan_cuda
-    y, last = scan(*given[:8], True, initial_state=given[8], **options)
+def gradients(
+    values: list[Tensor], layouts: tuple[Split, GradientLayout] | None = None, **options: Any
+) -> list[Tensor]:
+    """The outputs of a scan, and the gradients of all it is given: the kernel's, or without layouts the plain one's in float64."""
+    given = [(value.clone() if layouts else value.double()).detach().requires_grad_() for value in values]
+    if layouts:
+        y, last = selective_scan_cuda(ScanInputs(*given[:8], True, initial_state=given[8], **options), *layouts)
+    else:
+        y, last = selective_scan(*given[:8], True, initial_state=given[8], backend="plain", **options)
     torch.manual_seed(0)
     loss = (y * torch.randn(y.shape)).sum() + (last * torch.randn(last.shape)).sum()
     return [y, last, *torch.autograd.grad(loss, given)]
@@ -134,8 +140,8 @@ def test_the_scan_and_its_gradients(
 ) -> None:
     values = draw(torch.float32, *shape)
     options = {"reverse": reverse, "num_frames": None if lengths is None else torch.tensor(lengths)}
-    expected = gradients(values, True, backend="plain", **options)
-    found = gradients(values, False, split=split, layout=layout, **options)
+    expected = gradients(values, **options)
+    found = gradients(values, (split, layout), **options)
     errors = [relative(one, other) for one, other in zip(found, expected, strict=True)]
     assert all(error < 2e-6 for error in errors), errors
     assert {entry for entry, _ in emulator.launched} >= {"selective_scan_forward", "selective_scan_backward"}
@@ -145,8 +151,8 @@ def test_a_wrong_gradient_is_found(emulator: Emulator) -> None:
     shape, reverse, _, split, layout = CASES[0]
     values = draw(torch.float32, *shape)
     emulator.mutation = ("carry *= decay[i];", "carry *= 1.0001f * decay[i];")
-    expected = gradients(values, True, backend="plain", reverse=reverse)
-    found = gradients(values, False, split=split, layout=layout, reverse=reverse)
+    expected = gradients(values, reverse=reverse)
+    found = gradients(values, (split, layout), reverse=reverse)
     assert not all(relative(one, other) < 1e-5 for one, other in zip(found, expected, strict=True))
 
 
@@ -155,13 +161,15 @@ def test_two_directions_share_a_launch(emulator: Emulator) -> None:
     ahead, back = (dict(zip(names, draw(torch.bfloat16, 2, 18, frames, 24), strict=False)) for frames in (21, 22))
     back = {name: value[..., :21] if value.dim() == 3 else value for name, value in back.items()}
     lengths = {"delta_softplus": True, "num_frames": torch.tensor([21, 4])}
-    found = selective_scan_both(ahead | lengths, back | lengths)
+    found = selective_scan_both(ScanInputs(**ahead, **lengths), ScanInputs(**back, **lengths, reverse=True))  # type: ignore[arg-type]
     assert found is not None and emulator.launched == [("selective_scan_forward", 1)]
     for y, given, reverse in zip(found, (ahead, back), (False, True), strict=True):
         wide = {name: value.double() for name, value in given.items()}
         assert relative(y, selective_scan(**wide, **lengths, reverse=reverse, backend="plain")[0]) < 4e-3  # type: ignore[arg-type]
     other = back | {"u": back["u"][:, :16]}
-    assert selective_scan_both(ahead | lengths, other | lengths) is None, "unequal shapes"
+    forwards = ScanInputs(**ahead, **lengths)  # type: ignore[arg-type]
+    for second in (ScanInputs(**other, **lengths, reverse=True), ScanInputs(**back, **lengths)):  # type: ignore[arg-type]
+        assert selective_scan_both(forwards, second) is None, "unequal shapes, or both forwards"
 
 
 def test_the_fused_convolution_and_its_gradients(emulator: Emulator) -> None:

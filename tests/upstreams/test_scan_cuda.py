@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from superb_probe.upstreams import convolutions, cuda_kernels, fused_cuda, mamba, scan_cuda
+from superb_probe.upstreams import convolutions, cuda_kernels, fused_cuda, mamba, scan_cuda, scan_layout
 from superb_probe.upstreams.scan import selective_scan
-from superb_probe.upstreams.scan_cuda import Split, choose_split, selective_scan_cuda
+from superb_probe.upstreams.scan_cuda import selective_scan_cuda
+from superb_probe.upstreams.scan_inputs import ScanInputs
+from superb_probe.upstreams.scan_layout import Split, choose_split
 
 cuda = pytest.mark.cuda
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -68,9 +70,7 @@ def scan_errors(case: tuple, lengths_for_kernel: list[int] | None) -> tuple[floa
     valid = None if lengths is None else torch.tensor(lengths, device="cuda")
     expected, expected_state = selective_scan(*wide, True, num_frames=valid, backend="plain", **options)
     given = None if lengths_for_kernel is None else torch.tensor(lengths_for_kernel, device="cuda")
-    found, found_state = selective_scan_cuda(
-        *arguments, True, num_frames=given, split=split, reverse=reverse, initial_state=state
-    )
+    found, found_state = selective_scan_cuda(ScanInputs(*arguments, True, reverse, given, state), split)
     for row, length in enumerate(lengths or []):
         if given is not None and lengths_for_kernel == lengths:
             assert not found[row, :, length:].any()
@@ -180,7 +180,7 @@ def test_layouts_cover_all_states_and_frames() -> None:
             lane_states = -(-states // split.group)
             assert lane_states <= 24 and 32 % split.group == 0 and lane_states * split.group >= states
             assert split.tile % split.group == 0
-            assert 1 <= split.chunks <= max(1, frames // scan_cuda.MIN_CHUNK_FRAMES)
+            assert 1 <= split.chunks <= max(1, frames // scan_layout.MIN_CHUNK_FRAMES)
     assert choose_split(1, 2304, 60000, 24, True, 132).chunks > 16
     assert choose_split(16, 2304, 1500, 24, True, 132).chunks == 1
 
@@ -189,7 +189,7 @@ def test_blocks_share_no_more_memory_than_there_is() -> None:
     for states in range(1, scan_cuda.MAX_STATES + 1):
         for pairs in (False, True):
             split = choose_split(3, 200, 90, states, pairs, 132)
-            assert split.shared_bytes(states) <= scan_cuda.MAX_SHARED_BYTES and split.threads >= 32
+            assert split.shared_bytes(states) <= scan_layout.MAX_SHARED_BYTES and split.threads >= 32
     assert Split(2, 1, 1).shared_bytes(1) == 0xC480  # what the assembler says that this layout takes: too much
     assert choose_split(3, 200, 90, 1, True, 132).threads == 64
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from superb_probe.upstreams import fused_cuda, mamba
 from superb_probe.upstreams.scan import selective_scan
-from superb_probe.upstreams.scan_cuda import GradientLayout, Split, choose_gradient_layout, selective_scan_cuda
+from superb_probe.upstreams.scan_cuda import selective_scan_cuda
+from superb_probe.upstreams.scan_inputs import ScanInputs
+from superb_probe.upstreams.scan_layout import GradientLayout, Split, choose_gradient_layout
 
 cuda = pytest.mark.cuda
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -86,13 +88,13 @@ def gradients(case: tuple, run: object, wide: bool, lengths: list[int] | None) -
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_the_plain_ones_in_float64(case: tuple) -> None:  # type: ignore[type-arg]
     expected = gradients(case, lambda *x, **y: selective_scan(*x, **y, backend="plain"), True, case[6])
-    found = gradients(case, lambda *x, **y: selective_scan_cuda(*x, **y, split=case[8], layout=case[9]), False, case[6])
+    found = gradients(case, lambda *x, **y: selective_scan_cuda(ScanInputs(*x, **y), *case[8:]), False, case[6])
     assert found.keys() == expected.keys()
     errors = {name: relative(found[name], expected[name]) for name in expected}
     assert all(error < BOUNDS[case[4]] for error in errors.values()), errors
     for name, value in found.items():
         assert value.dtype == (case[4] if name in ("u", "delta", "B", "C", "z") else torch.float32)
-    again = gradients(case, lambda *x, **y: selective_scan_cuda(*x, **y, split=case[8], layout=case[9]), False, case[6])
+    again = gradients(case, lambda *x, **y: selective_scan_cuda(ScanInputs(*x, **y), *case[8:]), False, case[6])
     assert all(torch.equal(found[name], again[name]) for name in found), "bits differ between two runs"
 
 
@@ -101,7 +103,7 @@ def test_gradients_equal_the_plain_ones_in_float64(case: tuple) -> None:  # type
 def test_gradients_that_ignore_lengths_are_found() -> None:
     case = CASES[1]
     expected = gradients(case, lambda *x, **y: selective_scan(*x, **y, backend="plain"), True, case[6])
-    found = gradients(case, selective_scan_cuda, False, None)
+    found = gradients(case, lambda *x, **y: selective_scan_cuda(ScanInputs(*x, **y)), False, None)
     assert all(relative(found[name], expected[name]) > 1e-2 for name in NAMES)
 
 
@@ -116,7 +118,8 @@ def test_frames_past_the_end_have_no_gradient_whatever_they_hold() -> None:
         assert value is not None
         value[1, :, 17:] = float("nan")
     given = [None if x is None else x.requires_grad_() for x in values.values()]
-    y, last = selective_scan_cuda(*given, True, num_frames=lengths, initial_state=state)  # type: ignore[arg-type]
+    inputs = ScanInputs(*given, True, num_frames=lengths, initial_state=state)  # type: ignore[arg-type]
+    y, last = selective_scan_cuda(inputs)
     found = torch.autograd.grad(y.square().sum() + last.sum(), given)  # type: ignore[arg-type]
     assert all(torch.isfinite(each).all() for each in found)
     assert not found[0][1, :, 17:].any() and not found[3][1, :, 17:].any() and found[0][1, :, :17].all()
