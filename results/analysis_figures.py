@@ -22,6 +22,7 @@ from superb_probe.results.record import RunRecord
 
 FIGURES = ("units", "robustness", "cca", "disentangle", "page")
 _GREY = "#999999"
+MOST_BANDS = 4  # encoders whose bands can be told apart where they overlap
 _NOTES = {
     "units": "Figures 2 and 6 of the paper (phone purity by layer; 100, and 500 and 1000 clusters), with PNMI and ABX beside them "
     "and layer 0 too. The paper: clusters from train-clean-100, purity on dev-clean, 41 phones, one seed, Base encoders. Here: ",
@@ -179,12 +180,12 @@ def _disentangle(table: pd.DataFrame) -> list[_Axes]:
         _Axes("phone accuracy", "share of frames (higher is better)", _pick(table, "phone_accuracy", removed="nothing")),
         _Axes("phone accuracy, speakers erased", "share of frames", _pick(table, "phone_accuracy", removed="speakers"),
               _pick(table, "phone_accuracy", removed="random")),
-        _Axes("speaker EER", "rate (lower is better)", _pick(table, "speaker_eer", removed="nothing")),
-        _Axes("speaker EER, phones erased", "rate", _pick(table, "speaker_eer", removed="phones"),
+        _Axes("speaker EER", "equal error rate (lower is better)", _pick(table, "speaker_eer", removed="nothing")),
+        _Axes("speaker EER, phones erased", "equal error rate", _pick(table, "speaker_eer", removed="phones"),
               _pick(table, "speaker_eer", removed="random")),
-        _Axes("speaker frames", "accuracy (higher is better)", _pick(table, "speaker_frame_accuracy", removed="nothing")),
-        _Axes("units about speakers, phone known", "share of entropy above shuffled", _pick(table, "unit_speaker_information_net")),
-        _Axes("ABX across minus within", "error (lower is better)", _pick(table, "abx_across_minus_within")),
+        _Axes("speaker accuracy", "share of frames (higher is better)", _pick(table, "speaker_frame_accuracy", removed="nothing")),
+        _Axes("units about speakers, phone known", "share of entropy, less shuffled", _pick(table, "unit_speaker_information_net")),
+        _Axes("ABX across minus within speakers", "difference of errors", _pick(table, "abx_across_minus_within")),
     ]  # fmt: skip
     return panels
 
@@ -226,7 +227,7 @@ def _figure(
     ]  # fmt: skip
     if weights:
         panels = [*panels, _weights(weights)]
-    columns = min(len(panels), 2 if kind == "robustness" else 4 if len(panels) > 6 else 3)
+    columns = min(len(panels), _columns(kind, table, len(panels)))
     lines = math.ceil(len(panels) / columns)
     note = _note(kind, records)
     wide = (6.4 if kind == "robustness" else 3.5) * columns
@@ -239,6 +240,7 @@ def _figure(
     handles: dict[str, Any] = {}
     for axes in grid:
         handles.update(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    handles = {name: handles[name] for name in sorted(handles, key=lambda name: name == "control")}
     figure.legend(
         list(handles.values()),
         list(handles),
@@ -251,12 +253,21 @@ def _figure(
     return _save(figure, table, stem)
 
 
+def _columns(kind: str, table: pd.DataFrame, panels: int) -> int:
+    """How many panels stand side by side."""
+    if kind == "robustness":
+        return 2
+    if kind == "cca":  # a row a flavour
+        return min(4, len(_values(table, "target")))
+    return 4 if panels > 6 else panels if panels == 4 else 3
+
+
 def _note(kind: str, records: Sequence[AnalysisRecord]) -> str:
     first = records[0]
     utterances, seconds = first.data.num_utterances, first.data.seconds
     text = (
         _NOTES[kind]
-        + f"{first.data.dataset}, {seconds['train'] / 60:.0f} minutes of train and {seconds['test'] / 60:.0f} of test "
+        + f"{first.data.dataset}, {seconds['train'] / 60:.1f} minutes of train and {seconds['test'] / 60:.1f} of test "
     )
     text += f"({utterances['test']} utterances). "
     if kind in ("units", "robustness"):
@@ -265,24 +276,31 @@ def _note(kind: str, records: Sequence[AnalysisRecord]) -> str:
         text += f"{settings['budget']} budget. "
     if any(each.upstream.revision.startswith("random:") for each in records):
         text += "Encoders marked (random) have RANDOM weights: they say nothing of the paper's claims. "
-    return text + "Bars and bands: 95 %."
+    few = [each for each in first.warnings if each.startswith("test has ")]
+    return text + "Bars and bands: 95 %." + "".join(f" {each[0].upper()}{each[1:]}." for each in few)
 
 
 def _draw_layers(axes: Any, panel: _Axes, looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Lines over layers with bands; one layer alone is a horizontal line."""
+    """Lines over layers with bands, of many encoders with bars that stand side by side; one layer alone is a horizontal line."""
     most = int(panel.rows["layer"].max())
-    for name, rows in panel.rows.groupby("upstream", sort=False):
-        rows, look = rows.sort_values("layer"), dict(looks[str(name)])
+    names = panel.rows["upstream"].drop_duplicates().tolist()
+    for number, name in enumerate(names):
+        rows, look = panel.rows[panel.rows["upstream"] == name].sort_values("layer"), dict(looks[str(name)])
+        y, low, high = (rows[column].astype(float) for column in ("value", "ci95_low", "ci95_high"))
         if len(rows) == 1:
             look.pop("marker")
-            axes.axhline(float(rows["value"].iloc[0]), label=name, linewidth=1.2, **{**look, "linestyle": ":"})
+            axes.axhline(float(y.iloc[0]), label=name, linewidth=1.2, **{**look, "linestyle": ":"})
+            if low.notna().all():
+                axes.axhspan(float(low.iloc[0]), float(high.iloc[0]), color=look["color"], alpha=0.12, linewidth=0)
             continue
-        x = rows["layer"].astype(int).tolist()
-        axes.plot(x, rows["value"].tolist(), label=name, linewidth=1.3, markersize=3.5, **look)
-        known = rows[rows["ci95_low"].notna()]
-        if len(known):
-            axes.fill_between(known["layer"].astype(int), known["ci95_low"].astype(float), known["ci95_high"].astype(float),
-                              color=look["color"], alpha=0.12, linewidth=0)  # fmt: skip
+        bars = len(names) > MOST_BANDS
+        x = rows["layer"].astype(float) + (0.5 * ((number + 0.5) / len(names) - 0.5) if bars else 0.0)
+        axes.plot(x, y, label=name, linewidth=1.3, markersize=3.5, **look)
+        known = low.notna()
+        if bars:
+            axes.vlines(x[known], low[known], high[known], color=look["color"], alpha=0.6, linewidth=0.9)
+        elif known.any():
+            axes.fill_between(x[known], low[known], high[known], color=look["color"], alpha=0.12, linewidth=0)
     if panel.controls is not None and len(panel.controls):
         label = "control"
         for _, rows in panel.controls.groupby("upstream", sort=False):

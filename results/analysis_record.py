@@ -1,7 +1,8 @@
 """The analysis record: what was measured of the layers of one encoder, as one JSON file beside the run records.
 
 Its name ends in `.analysis.json`, which is how the leaderboard knows that it is not a run. It is read as strictly as a run record: an
-unknown field, a wrong type or a broken rule is an error that names the field.
+unknown field, a wrong type or a broken rule is an error that names the field. The same stands in `analysis_schema.json` (JSON Schema)
+for readers in other languages; a test holds the two to each other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from superb_probe.errors import RequestError
-from superb_probe.results.record import EnvironmentPart, UpstreamPart, _write_atomically, record_path
+from superb_probe.results.record import _TIME, EnvironmentPart, UpstreamPart, _write_atomically, record_path
 from superb_probe.results.typed_json import arguments_of, plain
 
 SCHEMA = "superb-probe/analysis/1"
@@ -112,6 +113,12 @@ class AnalysisRecord:
             problems.append(f"schema must be {SCHEMA!r}")
         if not _ID.fullmatch(self.analysis_id):
             problems.append("analysis_id must be 8 to 64 hexadecimal digits")
+        for name in ("started_at", "finished_at"):
+            if not _TIME.fullmatch(getattr(self, name)):
+                problems.append(f"{name} must be UTC like 2026-11-22T20:15:03Z")
+        for name, positive in (("num_layers", self.upstream.num_layers), ("dim", self.upstream.dim)):
+            if positive < 1:
+                problems.append(f"upstream.{name} must be at least 1")
         for number, each in enumerate(self.measurements):
             if each.layer is not None and not 0 <= each.layer < self.upstream.num_layers:
                 problems.append(f"measurements[{number}].layer must be 0 to {self.upstream.num_layers - 1}")

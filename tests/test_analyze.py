@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from superb_probe.analysis_cca import CcaRequest, load_targets
 from superb_probe.analysis_corpus import Frames, extract, load_corpus, read_embeddings
 from superb_probe.analysis_units import abx_items
 from superb_probe.cli import main
 from superb_probe.downstreams.manifest import Manifest
 from superb_probe.downstreams.mini import mini_root
 from superb_probe.errors import RequestError
+from superb_probe.results import analysis_record
 from superb_probe.results.analysis_record import read_analyses
 from superb_probe.upstreams.load import load_upstream
 
@@ -50,6 +55,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["analyze", "disentangle", *shared, "--no-abx", "--clusters", "20", "--figure", str(out / "d.png")]) == 0
     )
     return out
+
+
+def test_records_are_as_the_schema_says(folder: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(Path(analysis_record.__file__).with_name("analysis_schema.json").read_text())
+    paths = sorted(folder.rglob("*.analysis.json"))
+    assert len(paths) == 3
+    for path in paths:
+        jsonschema.Draft202012Validator(schema).validate(json.loads(path.read_text()))
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -192,7 +206,8 @@ def test_one_page_of_everything(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_other_speech_with_its_own_alignments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifests = []
     for split in ("train", "dev", "test"):
-        manifest = Manifest.read(mini_root() / f"read.{split}.tsv")[:4]
+        manifest = Manifest.read(mini_root() / f"read.{split}.tsv")
+        manifest = manifest.keep([*manifest.ids[:2], *manifest.ids[-2:]])  # of two speakers
         manifest.write(tmp_path / f"{split}.tsv")
         manifests.append(f"{split}={tmp_path / split}.tsv")
     alone = [
@@ -219,7 +234,7 @@ def test_other_speech_with_its_own_alignments(tmp_path: Path, capsys: pytest.Cap
         "--abx",
         "none",
         "--figure",
-        str(tmp_path / "u.png"),
+        "none",
     ]
     assert main(command) == 2 and "--alignment" in capsys.readouterr().err
     tables = [str(mini_root() / f"alignments.{split}.tsv") for split in ("train", "dev")]
@@ -227,7 +242,15 @@ def test_other_speech_with_its_own_alignments(tmp_path: Path, capsys: pytest.Cap
     tables.append(str(mini_root() / "alignments.test.tsv"))
     assert main([*command, "--alignment", *tables]) == 0
     (record,) = read_analyses([tmp_path / "runs"])
-    assert record.data.dataset == "manifest:test" and record.data.num_utterances == {"train": 4, "dev": 4, "test": 4}
+    assert not list(tmp_path.rglob("*.png")) and not Path("none").exists()
+    assert any(each.startswith("test has 2 speaker(s)") for each in record.warnings)
+    purity = [each for each in record.measurements if each.measure == "phone_purity" and each.ci95]
+    assert purity and all(0 <= low <= high <= 1 for low, high in (each.ci95 for each in purity if each.ci95))
+    assert record.data.dataset == f"manifest:{tmp_path.name}" and record.data.num_utterances == {
+        "train": 4,
+        "dev": 4,
+        "test": 4,
+    }
 
 
 @pytest.mark.parametrize(
@@ -255,6 +278,60 @@ def test_wrong_requests_are_told(
     ]
     assert main(command) == 2
     assert said in capsys.readouterr().err
+
+
+def test_speaker_embeddings_stand_in_the_order_of_the_utterances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package, whose vectors are the length of the audio: whose they are shows."""
+
+    class VoiceEncoder:
+        def __init__(self, device: str, verbose: bool) -> None:
+            assert device == "cpu" and not verbose
+
+        def embed_utterance(self, wav: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return np.array([len(wav), 1.0], dtype=np.float32)
+
+    package = ModuleType("resemblyzer")
+    package.__dict__.update(VoiceEncoder=VoiceEncoder, preprocess_wav=lambda wav, source_sr: wav[: len(wav) // 2])
+    monkeypatch.setitem(sys.modules, "resemblyzer", package)
+    corpus = load_corpus(limit=3)
+    (target,) = load_targets(corpus, CcaRequest(targets=("resemblyzer",)))
+    utterances = [each for manifest in corpus.splits.values() for each in manifest]
+    assert target.ids == tuple(each.id for each in utterances) and target.y.shape == (9, 2)
+    assert target.y[:, 0] == pytest.approx([each.duration_s * 8000 for each in utterances], abs=1)
+    assert target.groups == tuple(each.labels["speaker"] for each in utterances)
+    monkeypatch.setitem(sys.modules, "resemblyzer", None)
+    with pytest.raises(RequestError, match=r"superb-probe\[speakers\]"):
+        load_targets(corpus, CcaRequest(targets=("resemblyzer",)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"train": ("a", "a", "a"), "test": ("b", "b", "b")}, ("single speaker", "or of two")),
+        ({"train": ("a", "b", "c"), "test": ("", "", "")}, ("or of two",)),
+        ({"train": ("a", "b", "c"), "test": ("a", "b", "c")}, ("or of two",)),
+    ],
+)
+def test_speech_that_says_nothing_of_speakers_is_refused_before_extraction(
+    labels: dict[str, tuple[str, ...]], said: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifests = []
+    for split in ("train", "dev", "test"):
+        manifest = Manifest.read(mini_root() / f"read.{split}.tsv")
+        speakers = labels.get(split, labels["train"])
+        three = [
+            dataclasses.replace(each, labels={"speaker": speaker} if speaker else {"text": "x"})
+            for each, speaker in zip(manifest[:3], speakers, strict=True)
+        ]
+        Manifest(three, mini_root(), split).write(tmp_path / f"{split}.tsv")
+        manifests.append(f"{split}={tmp_path / split}.tsv")
+    tables = [str(mini_root() / f"alignments.{split}.tsv") for split in ("train", "dev", "test")]
+    command = ["analyze", "disentangle", "--upstream", "fbank", "--beside", "none", "--out", str(tmp_path / "runs")]
+    command += ["--manifest", *manifests, "--root", str(mini_root()), "--alignment", *tables, "--figure", "none"]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert all(each in printed for each in said) and ("single speaker" in printed) == ("single speaker" in said)
+    assert "extract" not in printed
 
 
 def test_embeddings_from_files(tmp_path: Path) -> None:
@@ -335,8 +412,6 @@ def test_a_trained_encoder_gets_a_random_twin(monkeypatch: pytest.MonkeyPatch) -
     def resolve(name: str, **options: Any) -> Any:
         loaded = original(name, **options)
         if options["random"] == 3:  # stands for weights that were trained
-            import dataclasses
-
             loaded.upstream.info = dataclasses.replace(trained.info, revision="sha256:0")
         return loaded
 

@@ -19,6 +19,7 @@ REQUIRED = (
     "superb_probe/downstreams/mini/trials.test.tsv",
     "superb_probe/probes/heads.py",
     "superb_probe/results/schema.json",
+    "superb_probe/results/analysis_schema.json",
 )
 
 

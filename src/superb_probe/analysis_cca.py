@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +114,12 @@ def _target(corpus: AnalysisCorpus, request: CcaRequest, name: str) -> Target:
 def _resemblyzer(corpus: AnalysisCorpus) -> Matrix:
     """GE2E speaker embeddings (U, 256) of the package resemblyzer, which ships its weights (Wan et al., arXiv:1710.10467)."""
     try:
-        from resemblyzer import VoiceEncoder, preprocess_wav
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # in webrtcvad; the extra pins setuptools
+            from resemblyzer import VoiceEncoder, preprocess_wav
     except ImportError as error:
         raise RequestError(
-            f"--target resemblyzer: the package does not load ({error}). Fix: pip install 'setuptools<81' resemblyzer, or compute the "
+            f"--target resemblyzer: the package does not load ({error}). Fix: pip install 'superb-probe[speakers]', or compute the "
             "embeddings elsewhere and give --target speaker_embedding=FILE.npz."
         ) from error
     encoder = VoiceEncoder("cpu", verbose=False)

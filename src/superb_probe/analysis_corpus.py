@@ -20,6 +20,7 @@ from superb_probe.engine_progress import Stage, say
 from superb_probe.errors import RequestError, all_at_once
 from superb_probe.probes.alignments import Segment, Segments, fold_labels, frame_labels, is_silence, read_alignments
 from superb_probe.probes.store import FeatureStore
+from superb_probe.results.compare import FEWEST_CLUSTERS
 from superb_probe.upstreams.base import Upstream
 
 
@@ -28,7 +29,7 @@ class AnalysisCorpus:
     """Speech in three splits, with the times of its phones.
 
     Attributes:
-        dataset: "mini" or "manifest:<name>".
+        dataset: "mini" or "manifest:<folder of the test manifest>".
         splits: manifests by "train", "dev", "test".
         phones: by utterance, without stress, silences as SIL.
         trials: pairs to verify, by split; empty where none are given.
@@ -76,16 +77,13 @@ def load_corpus(
         alignment = [mini_root() / f"alignments.{split}.tsv" for split in SPLITS]
     else:
         splits, trials = _own_splits(manifest, root)
-        dataset = f"manifest:{splits['test'].name}"
+        dataset = f"manifest:{manifest['test'].resolve().parent.name}"  # as in run records
     if not alignment:
         raise RequestError(
             "phone times are needed. Fix: --alignment FILE or DIR (TextGrid, CTM, CSV), or `superb-probe align`."
         )
-    phones: dict[str, Segments] = {}
-    digests = {}
-    for path in alignment:
-        phones.update(read_alignments(path))
-        digests[f"alignment.{path.name}"] = _digest(path)
+    phones: dict[str, Segments] = {key: value for path in alignment for key, value in read_alignments(path).items()}
+    digests = {f"alignment.{path.name}": _digest(path) for path in alignment}
     if limit is not None:
         splits = {name: _limited(split, limit) for name, split in splits.items()}
     lacking = [each.id for split in splits.values() for each in split if each.id not in phones]
@@ -106,6 +104,9 @@ def load_corpus(
         if wrong_trials:
             raise all_at_once("trials", wrong_trials, "use the ids of the manifest")
     among = {split: _among(pairs, splits[split]) for split, pairs in trials.items()}
+    speakers = {each.labels.get("speaker") or each.id for each in splits["test"]}
+    if len(speakers) < FEWEST_CLUSTERS:
+        warnings.append(f"test has {len(speakers)} speaker(s): intervals over so few are not to be relied on")
     return AnalysisCorpus(dataset, splits, clipped, among, digests, tuple(warnings))
 
 

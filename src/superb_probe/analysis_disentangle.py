@@ -15,6 +15,7 @@ from superb_probe.analysis_corpus import AnalysisCorpus, Frames, extract
 from superb_probe.analysis_units import DRAWS, abx_items
 from superb_probe.downstreams.manifest import Manifest, Trials
 from superb_probe.engine_progress import Stage
+from superb_probe.errors import all_at_once
 from superb_probe.probes.abx import MODES, list_triples, mean_error, score
 from superb_probe.probes.metrics import UndefinedMetric, eer
 from superb_probe.probes.statistics import bootstrap
@@ -65,13 +66,18 @@ def analyze_disentangle(
     store: Path | None,
     device: torch.device,
 ) -> list[Measurement]:
-    """All numbers of every layer."""
+    """All numbers of every layer.
+
+    Raises:
+        RequestError: for speech that says nothing of speakers.
+    """
+    trials = corpus.trials.get("test") or all_pairs(corpus.splits["test"], request.seed)
+    _check_speakers(corpus.splits["train"], trials)
     stores = extract(upstream, name, corpus.splits, store, device)
     train, test = (
         Frames(stores[split], corpus.splits[split], upstream, corpus.phones, corpus.phone_names)
         for split in ("train", "test")
     )
-    trials = corpus.trials.get("test") or all_pairs(corpus.splits["test"], request.seed)
     rows: list[Measurement] = []
     with Stage(f"subspaces of {name}", upstream.info.num_layers, "layers") as stage:
         for layer in range(upstream.info.num_layers):
@@ -80,6 +86,19 @@ def analyze_disentangle(
     if request.abx:
         rows += _abx_gap(test, upstream.info.num_layers)
     return rows
+
+
+def _check_speakers(train: Manifest, trials: Trials) -> None:
+    """All that is wrong, before anything is extracted."""
+    wrong = []
+    if len({each.labels.get("speaker") or each.id for each in train}) < 2:
+        wrong.append("train has a single speaker")
+    if not 0 < int(trials.labels.sum()) < len(trials.labels):
+        wrong.append("test lacks pairs of utterances of one speaker, or of two")
+    if wrong:
+        raise all_at_once(
+            "disentangle", wrong, "manifests with a column `speaker`, two speakers or more, several utterances each"
+        )
 
 
 def all_pairs(manifest: Manifest, seed: int) -> Trials:

@@ -210,7 +210,8 @@ def measure_units(
     if intervals and groups > 1:
         without = [[whole - table[at] for whole, table in zip(wholes, tables, strict=True)] for at in range(groups)]
         for name in QUALITIES:
-            found[name] = jackknife_interval(values[name], [_seed_mean(each, name) for each in without])
+            low, high = jackknife_interval(values[name], [_seed_mean(each, name) for each in without])
+            found[name] = max(low, 0.0), min(high, 1.0)  # all three are shares; few speakers reach beyond
     seconds = float(frames.num_frames.sum() * frames.hop_s)
     rates = [bitrate(frames.split(each), seconds) for each in units]
     for name in ("units_per_s", "bits_per_s", "frame_bits_per_s"):

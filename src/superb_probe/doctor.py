@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from superb_probe.commands_flags import add_json
 from superb_probe.commands_output import print_json, table
 
 TIMEOUT_S = 180
@@ -115,11 +116,25 @@ PACKAGES = (
         "pip install --no-build-isolation 'superb-probe[cuda]' (after torch, with nvcc)",
         False,
     ),
+    Package(
+        "resemblyzer",
+        "from resemblyzer import VoiceEncoder, preprocess_wav",
+        "speaker embeddings (analyze cca --target resemblyzer)",
+        "pip install 'superb-probe[speakers]'",
+        False,
+    ),
+    Package(
+        "setuptools",
+        "import pkg_resources",
+        "resemblyzer's voice activity detector imports it",
+        "pip install 'superb-probe[speakers]'",
+        False,
+    ),
     Package("h5py", "import h5py", "SD between s3prl and here", "pip install 'superb-probe[hdf5]'", False),
     Package(
         "jsonschema",
         "import jsonschema",
-        "tests: records against schema.json",
+        "tests: records against their schemas",
         "pip install 'superb-probe[dev]'",
         False,
     ),
@@ -145,7 +160,7 @@ def add_commands(subparsers: Any) -> None:
         "Exit status 1 when a core package is missing or broken.",
         epilog="examples:\n  superb-probe doctor\n  superb-probe doctor --json",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(parser)
     parser.set_defaults(handler=report)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.linalg import sqrtm
+from scipy.linalg import eigh, sqrtm
 from sklearn.cross_decomposition import CCA
+from sklearn.decomposition import PCA
 
 from superb_probe.errors import RequestError
 from superb_probe.probes.cca import (
@@ -45,6 +46,70 @@ def test_against_scikit_learn_and_a_second_formula() -> None:
     cx, cy = x - x.mean(0), y - y.mean(0)
     whitened = np.linalg.inv(sqrtm(cx.T @ cx)) @ (cx.T @ cy) @ np.linalg.inv(sqrtm(cy.T @ cy))
     assert fit.correlations == pytest.approx(np.linalg.svd(np.real(whitened), compute_uv=False), abs=1e-8)
+
+
+def test_held_out_correlations_are_scikit_learns() -> None:
+    x, y, _ = pairs()
+    fit = directions(moments(x[:250], y[:250]))
+    model = CCA(n_components=4, max_iter=5000, tol=1e-10).fit(x[:250], y[:250])
+    a, b = model.transform(x[250:], y[250:])
+    theirs = [float(np.corrcoef(a[:, i], b[:, i])[0, 1]) for i in range(4)]
+    assert held_out_correlations(fit, x[250:], y[250:]) == pytest.approx(theirs, abs=1e-3)
+    assert not np.allclose(theirs, fit.correlations, atol=0.02)  # values of the fit itself would show
+
+
+def plain_directions(x: Matrix, y: Matrix, ridge: float) -> tuple[Matrix, Matrix, Matrix]:
+    """Regularised CCA as one generalised eigenproblem (Hardoon et al. 2004), and Morcos' weights from their definition."""
+    size, spread = min(x.shape[1], y.shape[1]), [np.cov(side.T, bias=True) for side in (x, y)]
+    joint = np.cov(x.T, y.T, bias=True)
+    dim = x.shape[1]
+    crossed, alone = joint.copy(), np.zeros_like(joint)
+    crossed[:dim, :dim] = 0.0
+    crossed[dim:, dim:] = 0.0
+    alone[:dim, :dim] = spread[0] + ridge * np.trace(spread[0]) / dim * np.eye(dim)
+    alone[dim:, dim:] = spread[1] + ridge * np.trace(spread[1]) / y.shape[1] * np.eye(y.shape[1])
+    _, found = eigh(crossed, alone)
+    found = found[:, ::-1][:, :size]
+    centred = x - x.mean(0)
+    variates = centred @ found[:dim]
+    weights = np.abs((variates / np.linalg.norm(variates, axis=0)).T @ centred).sum(1)
+    return found[:dim], found[dim:], weights / weights.sum()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_similarity_against_a_plain_writing(flavour: str) -> None:
+    """Folds, the choice of the ridge, SVCCA's components and the weights, each written again with scikit-learn and scipy."""
+    x, y, groups = pairs(300, noise=1.0)
+    x = np.hstack([x, 1e-3 * np.random.default_rng(3).standard_normal((300, 2))])
+    ridges = (1e-4, 1e-2, 1.0)
+    fold = fold_numbers(groups, 4, 5)
+    values, chosen = [], []
+    for held in range(4):
+        dev, test = fold == (held + 1) % 4, fold == held
+        train = ~(dev | test)
+        sides = [x, y]
+        if flavour == "svcca":
+            sides = [PCA(n_components=0.99, svd_solver="full").fit(side[train]).transform(side) for side in (x, y)]
+        scores = []
+        for ridge in ridges:
+            a, b, weights = plain_directions(sides[0][train], sides[1][train], ridge)
+            if flavour != "pwcca":
+                weights = np.full(a.shape[1], 1 / a.shape[1])
+            scores.append(
+                [
+                    sum(
+                        weights[i] * np.corrcoef(sides[0][part] @ a[:, i], sides[1][part] @ b[:, i])[0, 1]
+                        for i in range(a.shape[1])
+                    )
+                    for part in (dev, test)
+                ]
+            )
+        best = int(np.argmax([score[0] for score in scores]))
+        values.append(scores[best][1])
+        chosen.append(ridges[best])
+    found = similarity(x, y, groups, flavour, num_folds=4, ridges=ridges, seed=5, draws=20)
+    assert found.ridges == tuple(chosen) and len(set(chosen)) > 1
+    assert found.value == pytest.approx(np.mean(values), abs=1e-8)
 
 
 def test_on_its_own_data_held_out_is_the_fit() -> None:

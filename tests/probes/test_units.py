@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sklearn.metrics import mutual_info_score
+from sklearn.metrics import homogeneity_score, mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
 
 from superb_probe.errors import RequestError
 from superb_probe.probes.units import (
@@ -97,6 +98,10 @@ def test_quality_against_scikit_learn_and_a_plain_count() -> None:
     assert found.phone_purity == pytest.approx(sum(by_unit) / len(units))
     assert found.cluster_purity == pytest.approx(sum(by_phone) / len(units))
     assert found.phone_purity != pytest.approx(found.cluster_purity)  # a swap of the two would show
+    table = contingency_matrix(phones, units)  # phones down, units across
+    assert found.phone_purity == pytest.approx(table.max(0).sum() / table.sum())
+    assert found.cluster_purity == pytest.approx(table.max(1).sum() / table.sum())
+    assert found.pnmi == pytest.approx(homogeneity_score(phones, units), abs=1e-12)
 
 
 def test_frames_without_a_phone_do_not_count() -> None:

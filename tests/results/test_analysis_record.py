@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from superb_probe.errors import RequestError
+from superb_probe.results import analysis_figures, analysis_record
 from superb_probe.results.analysis_figures import FIGURES, draw_analysis
 from superb_probe.results.analysis_record import (
     AnalysisRecord,
@@ -24,6 +26,8 @@ from superb_probe.results.analysis_record import (
 )
 from superb_probe.results.record import EnvironmentPart, UpstreamPart, scan_records
 
+SCHEMA_FILE = Path(analysis_record.__file__).with_name("analysis_schema.json")
+REMOVED = object()
 ENVIRONMENT = EnvironmentPart(
     "0.1.0", "abc", False, "3.11", "2.13", "cpu", "Linux-x86_64", True, "superb-probe analyze units"
 )
@@ -83,6 +87,8 @@ def test_written_and_read_again_and_no_run(tmp_path: Path) -> None:
         (("measurements", 0, "ci95"), [0.9, 0.1], "measurements[0].ci95 must be [low, high]"),
         (("measurements", 1, "value"), "high", "measurements[1].value must be a number"),
         (("settigns",), {}, "did you mean settings"),
+        (("upstream", "dim"), 0, "upstream.dim must be at least 1"),
+        (("finished_at",), "yesterday", "finished_at must be UTC"),
     ],
 )
 def test_what_is_wrong_is_named(where: tuple[Any, ...], value: Any, said: str, tmp_path: Path) -> None:
@@ -158,6 +164,25 @@ def test_of_two_records_of_one_encoder_the_later_is_drawn(tmp_path: Path) -> Non
     assert len(draw_analysis([made_up(), full], "units", tmp_path / "u.png")) == 6  # two figures
 
 
+@pytest.mark.parametrize("encoders", [2, 7])
+def test_every_interval_is_drawn(encoders: int) -> None:
+    """As bands of few encoders, as bars beside each other of many; a single layer's is a band across."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    records = [made_up(f"encoder{number}") for number in range(encoders - 1)] + [made_up("fbank", "analytic:1", 1)]
+    table = as_table(records)
+    table = table[(table["measure"] == "abx_error")]
+    names = table["upstream"].drop_duplicates().tolist()
+    looks = {name: analysis_figures._look(number) for number, name in enumerate(names)}
+    analysis_figures._draw_layers(axes, analysis_figures._Axes("ABX", "error", table), looks)
+    heights = [path.vertices[:, 1] for found in axes.collections for path in found.get_paths()]
+    assert len(heights) == (1 if encoders == 2 else 6 * 3)  # bands of three layers, or a bar a layer
+    assert all(height.min() == pytest.approx(0.1) and height.max() == pytest.approx(0.3) for height in heights)
+    assert len(axes.patches) == 1  # of fbank
+    places = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 3]
+    assert len({round(float(place), 6) for place in places}) == encoders - 1  # none hides another
+
+
 def test_nothing_to_draw_is_told(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="nothing to draw"):
         draw_analysis([made_up()], "cca", tmp_path / "c.png")
@@ -166,3 +191,119 @@ def test_nothing_to_draw_is_told(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="PNG and SVG"):
         draw_analysis([made_up()], "units", tmp_path / "c.jpg")
     assert set(FIGURES) == {"units", "robustness", "cca", "disentangle", "page"}
+
+
+def changed(values: dict[str, Any], where: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """A copy with one place set, or taken away."""
+    values = copy.deepcopy(values)
+    place: Any = values
+    for key in where[:-1]:
+        place = place[key]
+    if value is REMOVED:
+        del place[where[-1]]
+    else:
+        place[where[-1]] = value
+    return values
+
+
+def accepted(values: dict[str, Any]) -> bool:
+    try:
+        AnalysisRecord.from_dict(values)
+    except RequestError:
+        return False
+    return True
+
+
+def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a document: one element of each list stands for all."""
+    entries = values.items() if isinstance(values, dict) else list(enumerate(values))[:1]
+    for key, value in entries:
+        yield (*path, key)
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*path, key))
+
+
+def disagreements(schema: dict[str, Any], values: dict[str, Any]) -> Iterator[str]:
+    """Every place where the reader and a schema differ, with what is there replaced, taken away, or joined by another name."""
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for where in places(values):
+        for value in (
+            "x",
+            "",
+            7,
+            -1,
+            1.5,
+            True,
+            None,
+            [],
+            {},
+            [1, 2],
+            [0.1, 0.2],
+            [0.1, 0.2, 0.3],
+            ["x"],
+            {"x": 1},
+            {"x": "x"},
+            REMOVED,
+        ):
+            document = changed(values, where, value)
+            if validator.is_valid(document) != accepted(document):
+                yield f"{where} = {value!r}"
+        if where[-1] != 0 and len(where) in (1, 2, 3):
+            document = changed(values, (*where[:-1], "colour"), "x")
+            if validator.is_valid(document) != accepted(document):
+                yield f"{where[:-1]} with a field colour"
+
+
+def full_record() -> dict[str, Any]:
+    """A record in which every field holds something."""
+    record = dataclasses.replace(made_up(), measurements=made_up().measurements[:1], files={"centres": "a.safetensors"})
+    upstream = dataclasses.replace(record.upstream, trained_on=("speech",), options={"size": "test"}, macs=5)
+    environment = dataclasses.replace(record.environment, packages={"numpy": "2"}, settings={"threads": 1})
+    values: dict[str, Any] = json.loads(
+        json.dumps(dataclasses.replace(record, upstream=upstream, environment=environment).to_dict())
+    )
+    return values
+
+
+def test_reader_and_schema_agree_on_every_field() -> None:
+    values = full_record()
+    fields = {field.name for field in dataclasses.fields(AnalysisRecord)}
+    assert set(values) == fields and accepted(values)
+    beyond = [
+        "'layer') = 7",
+        "'ci95', 0) = 7",
+        "'ci95', 0) = 1.5",
+    ]  # layers below num_layers, low below high: the reader alone
+    found = list(disagreements(json.loads(SCHEMA_FILE.read_text()), values))
+    assert found == [f"('measurements', 0, {each}" for each in beyond]
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "shown_by"),
+    [
+        (("properties", "warnings"), REMOVED, "warnings"),
+        (("additionalProperties",), True, "colour"),
+        (("properties", "measurements", "items", "additionalProperties"), True, "colour"),
+        (("properties", "measurements", "items", "properties", "layer", "minimum"), REMOVED, "layer"),
+        (("properties", "measurements", "items", "properties", "ci95", "maxItems"), 3, "[0.1, 0.2, 0.3]"),
+        (("properties", "measurements", "items", "properties", "ci95", "type"), "array", "ci95"),
+        (("properties", "measurements", "items", "required"), ["measure"], "value"),
+        (("properties", "data", "required"), [], "digests"),
+        (("properties", "chosen"), {}, "chosen"),
+        (("properties", "seconds", "type"), "integer", "seconds"),
+        (("properties", "environment", "properties", "dirty", "type"), "boolean", "dirty"),
+        (("required",), ["schema"], "analysis_id"),
+    ],
+    ids=str,
+)
+def test_a_schema_that_says_otherwise_is_found_out(where: tuple[Any, ...], value: Any, shown_by: str) -> None:
+    mutant = changed(json.loads(SCHEMA_FILE.read_text()), where, value)
+    assert any(shown_by in each for each in disagreements(mutant, full_record()))
+
+
+def test_shared_parts_are_those_of_run_records() -> None:
+    own = json.loads(SCHEMA_FILE.read_text())["properties"]
+    run = json.loads(SCHEMA_FILE.with_name("schema.json").read_text())["properties"]
+    assert all(own[part] == run[part] for part in ("upstream", "environment", "started_at", "finished_at"))
