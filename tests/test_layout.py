@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -115,3 +116,18 @@ def test_the_wheel_holds_every_module_and_data_file(project: dict[str, Any], tmp
         assert f"superb_probe/{file}" in names
     tops = {name.split("/")[0] for name in names}
     assert all(top == "superb_probe" or top.endswith(".dist-info") for top in tops)
+
+
+def bounds_that_are_not_tested(dependencies: list[str], oldest: str) -> list[str]:
+    """Dependencies whose low bound is not the release that `oldest.txt` pins (a patch of the same release is)."""
+    pinned = dict(line.split("==") for line in oldest.splitlines() if "==" in line and not line.startswith("#"))
+    bounds = dict(re.match(r"([\w-]+)>=([\d.]+)", each).groups() for each in dependencies)  # type: ignore[union-attr]
+    return [name for name, low in bounds.items() if not f"{pinned.get(name)}.".startswith(f"{low}.")]
+
+
+def test_the_oldest_versions_are_the_low_bounds(project: dict[str, Any]) -> None:
+    oldest = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8")
+    dependencies = project["project"]["dependencies"]
+    assert not bounds_that_are_not_tested(dependencies, oldest)
+    assert bounds_that_are_not_tested([*dependencies[1:], "torch>=2.7"], oldest) == ["torch"]
+    assert bounds_that_are_not_tested([*dependencies, "new>=1"], oldest) == ["new"]
