@@ -48,7 +48,7 @@ _SAME: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("iemocap",), ("iemocap",)),
     (("quesst", "quesst14", "quesst2014"), ("quesst14",)),
     (("superb",), _EVERY),
-    (("mini",), ("mini",)),
+    (("mini", "kokoro"), ("mini",)),  # Kokoro speaks mini
 )
 _LEAVES_OUT = {"librilight": _LIBRI}  # of the same recordings, less all that is tested on
 # Other corpora, by where their recordings are from: of the same place as a test set, they may share some with it.
@@ -57,7 +57,7 @@ _OTHERS = {
     "librivox youtube": ("gigaspeech",),
     "youtube": ("audioset", "youtube", "yodas"),
     "": ("voxceleb2", "vox2", "voxpopuli", "commonvoice", "tedlium", "switchboard", "fisher", "wsj", "timit", "vctk", "fleurs", "ami",
-         "babel", "peoplesspeech", "voxlingua107", "aishell", "emodb", "fsdd"),
+         "babel", "peoplesspeech", "voxlingua107", "aishell", "emodb", "fsdd", "flite"),
 }  # fmt: skip
 _PLACE = {"librispeech": "librivox", "libri2mix": "librivox", "voxceleb1": "youtube"}
 # short enough to stand for something else further on in a name

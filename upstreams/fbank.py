@@ -29,7 +29,7 @@ ENERGY_FLOOR = torch.finfo(torch.float32).eps  # what Kaldi puts under a mel ene
 DELTA_REACH_FRAMES = 2  # a window of five frames
 CMVN_EPS = 1e-10
 CEPSTRAL_LIFTER = 22.0
-SIZES = (None, "test", "tiny", "matched", "small", "base")  # one and the same here: there are no weights
+SIZES = (None, "test", "tiny", "small", "base")  # one and the same here: there are no weights
 REVISION = "analytic:1"  # the version of these formulas: raised when a number can change
 
 

@@ -19,7 +19,7 @@ def mamba_hubert(checkpoint: str | None = None, *, size: str | None = None, rand
 
     Args:
         checkpoint: a fairseq, s3prl or superb-probe checkpoint.
-        size: "test", "tiny", "matched", "small" or "base", without a checkpoint.
+        size: "test", "tiny", "small" or "base", without a checkpoint.
         random: seed of random weights.
 
     >>> mamba_hubert(size="test", random=0).info.lookahead_samples is None
@@ -39,7 +39,7 @@ def mamba_hubert_causal(
 
     Args:
         checkpoint: a fairseq, s3prl or superb-probe checkpoint.
-        size: "test", "tiny", "matched", "small" or "base", without a checkpoint.
+        size: "test", "tiny", "small" or "base", without a checkpoint.
         random: seed of random weights.
         causal_front_end: a front end that sees no future either; None: not at small and base, which are as published.
 
@@ -54,7 +54,7 @@ def mamba_mlp_hubert(checkpoint: str | None = None, *, size: str | None = None, 
 
     Args:
         checkpoint: a fairseq, s3prl or superb-probe checkpoint.
-        size: "test", "tiny", "matched", "small" or "base", without a checkpoint.
+        size: "test", "tiny", "small" or "base", without a checkpoint.
         random: seed of random weights.
 
     >>> mamba_mlp_hubert(size="test", random=0).info.lookahead_samples is None
@@ -74,7 +74,7 @@ def mamba_mlp_hubert_causal(
 
     Args:
         checkpoint: a fairseq, s3prl or superb-probe checkpoint.
-        size: "test", "tiny", "matched", "small" or "base", without a checkpoint.
+        size: "test", "tiny", "small" or "base", without a checkpoint.
         random: seed of random weights.
         causal_front_end: a front end that sees no future either; None: not at small and base, which are as published.
 
@@ -91,7 +91,7 @@ def mamba_inner_hubert(
 
     Args:
         checkpoint: a superb-probe checkpoint.
-        size: "test", "tiny", "matched", "small" or "base", without a checkpoint.
+        size: "test", "tiny", "small" or "base", without a checkpoint.
         random: seed of random weights.
 
     >>> mamba_inner_hubert(size="test", random=0).info.lookahead_samples is None

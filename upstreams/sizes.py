@@ -1,9 +1,9 @@
 """The sizes of the HuBERT encoders: which `HubertConfig` a registered name has at each size.
 
 "small" and "base" are the released configurations of arXiv 2506.12606 (their parameter counts are tested); what those do not say
-is marked below. "tiny" has at most 2 M parameters, six layers and width 160 in each family; "matched" is wider where that gives a
-family fewer parameters than the Transformers have, so that all are within 5 %: the size that is pre-trained and compared. "test" is
-for unit tests, under 0.5 M.
+is marked below. "tiny" has at most 2 M parameters and six layers, and is wider where width 160 would give a family fewer
+parameters than the Transformers have, so that all are within 5 %: the size of the shipped weights. "test" is for unit tests,
+under 0.5 M.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from superb_probe.errors import RequestError, unknown_name
 from superb_probe.upstreams.config import HubertConfig
 
-SIZES = ("test", "tiny", "matched", "small", "base")
+SIZES = ("test", "tiny", "small", "base")
 DEFAULT_SIZE = "tiny"  # what a name is without a size or a checkpoint; shipped weights are of it
 
 
@@ -81,31 +81,27 @@ _TINY_FRONT = {
 _FRONTS: dict[str, dict[str, Any]] = {
     "test": {**_TEST_FRONT, "dim": 48, "num_layers": 2},
     "tiny": {**_TINY_FRONT, "dim": 160, "num_layers": 6},
-    "matched": {**_TINY_FRONT, "dim": 160, "num_layers": 6},
     "small": {"dim": 384, "num_layers": 12, "num_heads": 12},
     "base": {"dim": 768, "num_layers": 12, "num_heads": 12},
 }
 _TEST_SCAN = {"state_dim": 8, "expand": 2}
 _PAPER_SCAN = {"state_dim": 24, "expand": 3}
-# Per name: test, tiny, matched, small, base. ExtBiMamba's two mixers of expand 1 cost at tiny what the causal one costs with expand 2.
+# Per name: test, tiny, small, base. ExtBiMamba's two mixers of expand 1 cost at tiny what the causal one costs with expand 2.
 _LAYERS: dict[str, tuple[dict[str, Any], ...]] = {
     "transformer_hubert": (
         {"ffn_dim": 96},
-        {"ffn_dim": 480},
         {"ffn_dim": 480},
         {"ffn_dim": 1024},
         {"ffn_dim": 3072},
     ),
     "mamba_hubert": (
         _TEST_SCAN,
-        {"state_dim": 16, "expand": 1},
         {"state_dim": 16, "expand": 1, "dim": 192},
         _PAPER_SCAN,
         _PAPER_SCAN,
     ),
     "mamba_hubert_causal": (
         _TEST_SCAN,
-        {"state_dim": 16, "expand": 2},
         {"state_dim": 16, "expand": 2, "dim": 192},
         _PAPER_SCAN,
         _PAPER_SCAN,
@@ -113,13 +109,11 @@ _LAYERS: dict[str, tuple[dict[str, Any], ...]] = {
     "mamba_mlp_hubert": (
         {**_TEST_SCAN, "ffn_dim": 96},
         {"state_dim": 16, "expand": 1, "ffn_dim": 240},
-        {"state_dim": 16, "expand": 1, "ffn_dim": 240},
         {**_PAPER_SCAN, "ffn_dim": 1024},
         {**_PAPER_SCAN, "ffn_dim": 3072},
     ),
     "mamba_mlp_hubert_causal": (
         {**_TEST_SCAN, "ffn_dim": 96},
-        {"state_dim": 16, "expand": 2, "ffn_dim": 240},
         {"state_dim": 16, "expand": 2, "ffn_dim": 240},
         {**_PAPER_SCAN, "ffn_dim": 1024},
         {**_PAPER_SCAN, "ffn_dim": 896},
@@ -127,7 +121,6 @@ _LAYERS: dict[str, tuple[dict[str, Any], ...]] = {
     # No configuration of InnBiMamba was released: the paper's other Mamba settings are used, and its counts are not reproduced.
     "mamba_inner_hubert": (
         _TEST_SCAN,
-        {"state_dim": 16, "expand": 2},
         {"state_dim": 16, "expand": 2, "dim": 176},
         _PAPER_SCAN,
         _PAPER_SCAN,
@@ -143,7 +136,7 @@ def size_config(name: str, size: str, causal_front_end: bool | None = None) -> H
         name: one of `FAMILIES`.
         size: one of `SIZES`.
         causal_front_end: a front end without the future (left-padded positional convolution, per-frame norm). None: yes for the
-            causal names at sizes test, tiny and matched; no at small and base, which are as published, and for a mask put on later.
+            causal names at sizes test and tiny; no at small and base, which are as published, and for a mask put on later.
 
     Raises:
         RequestError: for an unknown name or size, or a causal front end under layers that see the future.
@@ -168,7 +161,7 @@ def size_config(name: str, size: str, causal_front_end: bool | None = None) -> H
         }
     )
     if causal_front_end is None:
-        causal_front_end = family.causal and not family.mask_at_probing and size in ("test", "tiny", "matched")
+        causal_front_end = family.causal and not family.mask_at_probing and size in ("test", "tiny")
     if causal_front_end:
         config = replace(config, extractor_mode="causal", causal_pos_conv=True, frame_multiple=1)
     return config

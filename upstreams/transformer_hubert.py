@@ -15,7 +15,7 @@ def transformer_hubert(
 
     Args:
         checkpoint: a fairseq, s3prl, transformers or superb-probe checkpoint.
-        size: "test", "tiny", "matched", "small" or "base", without a checkpoint.
+        size: "test", "tiny", "small" or "base", without a checkpoint.
         random: seed of random weights.
 
     >>> transformer_hubert(size="test", random=0).info.lookahead_samples is None
@@ -35,7 +35,7 @@ def transformer_hubert_causal(
 
     Args:
         checkpoint: a fairseq, s3prl or superb-probe checkpoint.
-        size: "test", "tiny", "matched", "small" or "base", without a checkpoint.
+        size: "test", "tiny", "small" or "base", without a checkpoint.
         random: seed of random weights.
         causal_front_end: a front end that sees no future either; None: not at small and base, which are as published.
 
@@ -52,7 +52,7 @@ def transformer_hubert_causal_mask(
 
     Args:
         checkpoint: a checkpoint of a bidirectional Transformer HuBERT.
-        size: "test", "tiny", "matched", "small" or "base", without a checkpoint.
+        size: "test", "tiny", "small" or "base", without a checkpoint.
         random: seed of random weights.
 
     >>> transformer_hubert_causal_mask(size="test", random=0).info.name

@@ -147,7 +147,7 @@ def _add_figures(kinds: Any) -> None:
 def _add_shared(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--upstream", nargs="+", required=True, metavar="NAME", help="encoders, as for run")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of the encoder")
-    parser.add_argument("--size", help="test, tiny, matched, small or base")
+    parser.add_argument("--size", help="test, tiny, small or base")
     add_random(parser)
     parser.add_argument("--beside", nargs="+", choices=("fbank", "random", "none"), default=["fbank", "random"],
                         help="also filter banks, and each trained encoder with random weights (default: both)")  # fmt: skip

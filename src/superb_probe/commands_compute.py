@@ -32,7 +32,7 @@ def add_compute(subparsers: Any) -> None:
         "  superb-probe analyze compute --mode forward recorded train --device cuda --out docs/compute --time-limit 110",
     )
     parser.add_argument("--upstream", nargs="+", default=list(_NAMES), metavar="NAME", help="HuBERTs of this project")
-    parser.add_argument("--size", default="base", help="test, tiny, matched, small or base (default: %(default)s)")
+    parser.add_argument("--size", default="base", help="test, tiny, small or base (default: %(default)s)")
     parser.add_argument(
         "--mode",
         nargs="+",

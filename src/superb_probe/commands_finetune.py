@@ -45,7 +45,7 @@ def add_commands(subparsers: Any) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upstream", required=True, metavar="NAME", help="a HuBERT of this project")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights")
-    parser.add_argument("--size", help="without a checkpoint: test, tiny, matched, small or base")
+    parser.add_argument("--size", help="without a checkpoint: test, tiny, small or base")
     add_random(parser)
     parser.add_argument("--upstream-option", nargs="+", default=[], metavar="NAME=VALUE", help="the encoder's own")
     parser.add_argument(

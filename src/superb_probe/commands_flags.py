@@ -8,7 +8,7 @@ import argparse
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add `--checkpoint`, `--size` and `--random`: which weights the one encoder of a command has."""
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to load")
-    parser.add_argument("--size", help="test, tiny, matched, small or base")
+    parser.add_argument("--size", help="test, tiny, small or base")
     add_random(parser)
 
 

@@ -35,7 +35,7 @@ def add_commands(subparsers: Any) -> None:
     show.add_argument("what", choices=("upstream", "task"))
     show.add_argument("name")
     show.add_argument("--checkpoint", metavar="FILE", help="(upstream) weights to describe")
-    show.add_argument("--size", help="(upstream) size to describe: test, tiny, matched, small or base")
+    show.add_argument("--size", help="(upstream) size to describe: test, tiny, small or base")
     add_json(show)
     show.set_defaults(handler=show_name)
 

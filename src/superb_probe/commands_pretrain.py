@@ -32,7 +32,7 @@ def add_commands(subparsers: Any) -> None:
         "  superb-probe pretrain --encoder mamba_hubert --size base --data /corpora/mine --recipe paper --out runs/m --device cuda",
     )
     command.add_argument("--encoder", required=True, metavar="NAME", help="a HuBERT of `superb-probe list upstreams`")
-    command.add_argument("--size", default="matched", help="test, tiny, matched, small or base (default: %(default)s)")
+    command.add_argument("--size", default="tiny", help="test, tiny, small or base (default: %(default)s)")
     command.add_argument(
         "--front-end", choices=("size", "causal", "published"), default="size",
         help="of causal encoders: one that sees no future either, or the published one (default: as the size has it)",
@@ -171,7 +171,7 @@ def _job(args: argparse.Namespace, recipe: Recipe, clips: Clips, world: World, l
         "machine": f"{world.size} x {machine}, torch {torch.__version__}",
         "command": shlex.join(["superb-probe", *sys.argv[1:]]),
     }
-    trained_on = ["mini (train)" if name == "mini" else name for name in clips.facts["corpora"]]
+    trained_on = ["mini-train" if name == "mini" else name for name in clips.facts["corpora"]]
     description = {"trained_on": trained_on, "license": args.license, "metadata": metadata}
     folder = args.cache or args.out / "clips"
     return Job(

@@ -40,7 +40,7 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("--finetuned", type=Path, metavar="DIR", help="folder that `superb-probe finetune` wrote")
     parser.add_argument("--upstream", metavar="NAME", help="an encoder alone, without a head")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="the encoder's weights")
-    parser.add_argument("--size", help="of an encoder without a checkpoint: test, tiny, matched, small or base")
+    parser.add_argument("--size", help="of an encoder without a checkpoint: test, tiny, small or base")
     add_random(parser)
     parser.add_argument("--upstream-option", nargs="+", default=[], metavar="NAME=VALUE", help="the encoder's own")
     parser.add_argument("--root", type=Path, metavar="DIR", help="with --record: the corpus folder of its data")

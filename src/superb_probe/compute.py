@@ -142,7 +142,7 @@ def measure(
 
     Args:
         names: of HuBERTs of this project, with random weights and their released front end.
-        size: "test", "tiny", "matched", "small" or "base".
+        size: "test", "tiny", "small" or "base".
         modes: "forward", "recorded" and "train", as `Point.mode`.
         variants: "best" and "official".
         dtypes: number formats.

@@ -42,7 +42,7 @@ class Request:
         layer_norm: normalise every frame of every layer first.
         feature_dtype: type the states are kept in: "float16", "bfloat16", "float32" or "int8".
         crops: random crops kept of a long training utterance where the protocol crops; 0 encodes new ones each time.
-        size: of an upstream without a checkpoint: "test", "tiny", "matched", "small" or "base".
+        size: of an upstream without a checkpoint: "test", "tiny", "small" or "base".
         random: seed of random weights.
         upstream_option: the upstream's own options.
         budget: "small" or "full"; None: small under 10 hours of training audio and on `mini`.

@@ -48,7 +48,7 @@ RUN_FLAGS = (
     ),
     Flag("task", "text", "tasks: registered names, ./file.py:function, or the suites all, superb10, paper4", True),
     Flag("checkpoint", "path", "weights of the encoder, any supported format (default: what ships with the name)"),
-    Flag("size", "text", "size of an encoder without a checkpoint: test, tiny, matched, small or base"),
+    Flag("size", "text", "size of an encoder without a checkpoint: test, tiny, small or base"),
     Flag("random", "integer", "random weights from this seed instead of trained ones", metavar="SEED"),
     Flag(
         "upstream_option",
