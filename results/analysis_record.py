@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import Any, Literal
 import pandas as pd
 
 from superb_probe.errors import RequestError
-from superb_probe.results.record import _TIME, EnvironmentPart, UpstreamPart, _write_atomically, record_path
+from superb_probe.results.record import EnvironmentPart, UpstreamPart, _write_atomically, record_path, shared_problems
 from superb_probe.results.typed_json import arguments_of, plain
 
 SCHEMA = "superb-probe/analysis/1"
 ENDING = ".analysis.json"
 Kind = Literal["units", "cca", "disentangle"]
 KINDS = ("units", "cca", "disentangle")
-_ID = re.compile(r"[0-9a-f]{8,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +106,7 @@ class AnalysisRecord:
         Raises:
             RequestError: naming every rule that is broken.
         """
-        problems = []
-        if self.schema != SCHEMA:
-            problems.append(f"schema must be {SCHEMA!r}")
-        if not _ID.fullmatch(self.analysis_id):
-            problems.append("analysis_id must be 8 to 64 hexadecimal digits")
-        for name in ("started_at", "finished_at"):
-            if not _TIME.fullmatch(getattr(self, name)):
-                problems.append(f"{name} must be UTC like 2026-11-22T20:15:03Z")
-        for name, positive in (("num_layers", self.upstream.num_layers), ("dim", self.upstream.dim)):
-            if positive < 1:
-                problems.append(f"upstream.{name} must be at least 1")
+        problems = shared_problems(self, SCHEMA, "analysis_id")
         for number, each in enumerate(self.measurements):
             if each.layer is not None and not 0 <= each.layer < self.upstream.num_layers:
                 problems.append(f"measurements[{number}].layer must be 0 to {self.upstream.num_layers - 1}")

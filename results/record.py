@@ -259,19 +259,25 @@ class RunRecord:
             ) from None
 
 
-def _broken_rules(record: RunRecord) -> list[str]:
-    """What is wrong in a record whose types are right."""
+def shared_problems(record: Any, schema: str, id_name: str) -> list[str]:
+    """What is wrong in the fields that records of runs and of analyses share: schema, id, times, the encoder's shape."""
     problems = []
-    if record.schema != SCHEMA:
-        problems.append(f"schema must be {SCHEMA!r}")
-    if not _RUN_ID.fullmatch(record.run_id):
-        problems.append("run_id must be 8 to 64 hexadecimal digits")
+    if record.schema != schema:
+        problems.append(f"schema must be {schema!r}")
+    if not _RUN_ID.fullmatch(getattr(record, id_name)):
+        problems.append(f"{id_name} must be 8 to 64 hexadecimal digits")
     for name in ("started_at", "finished_at"):
         if not _TIME.fullmatch(getattr(record, name)):
             problems.append(f"{name} must be UTC like 2026-11-22T20:15:03Z")
-    for name, positive in (("num_layers", record.upstream.num_layers), ("dim", record.upstream.dim)):
-        if positive < 1:
+    for name in ("num_layers", "dim"):
+        if getattr(record.upstream, name) < 1:
             problems.append(f"upstream.{name} must be at least 1")
+    return problems
+
+
+def _broken_rules(record: RunRecord) -> list[str]:
+    """What is wrong in a record whose types are right."""
+    problems = shared_problems(record, SCHEMA, "run_id")
     if record.probe.lr < 0:
         problems.append("probe.lr must not be negative")
     if record.status == "failed":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,3 +101,30 @@ def test_a_command_that_fails_is_told_with_what_it_said(tool: Any, tmp_path: Pat
 def test_times_of_both_parts_are_added(tool: Any) -> None:
     table = tool.table_of([("mini units a", 10.0), ("mini units b", 5.0), ("mini figures", 2.0)], 90.0)
     assert "| mini | units | 15 |" in table and "| mini | figures | 2 |" in table and "1.5 minutes in all" in table
+
+
+def test_a_failed_command_ends_the_other_chain_before_its_next(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    other, failed = threading.Event(), threading.Event()
+
+    def run(self: Any, name: str, command: list[str]) -> None:
+        begun.append(name)
+        if name == "mini units a":
+            assert other.wait(10)
+            failed.set()
+            raise RequestError("no")
+        other.set()
+        assert failed.wait(10)
+        time.sleep(0.3)  # until the pool has seen it
+
+    monkeypatch.setattr(tool.Log, "run", run)
+    with pytest.raises(RequestError, match="no"):
+        tool.run_all(tool.Settings(None, tmp_path), ["mamba_hubert", "transformer_hubert"], tool.SPEECH[:1])
+    assert sorted(begun) == ["mini units a", "mini units b"]
+
+
+def test_data_that_is_no_folder_ends_it(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "no folder" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -45,7 +45,12 @@ def test_both_sides_are_timed_and_their_scores_compared(
     ratio = result["peer_seconds_a_pair"]["search"] / result["seconds_a_pair"]["search"]
     assert result["ratio"]["search"] == pytest.approx(ratio)
     lines = bench_dtw.describe_dtw(result)
-    assert "8 pairs" in lines[1] and "times" in lines[2] and "differ by" in lines[4]
+    assert "8 pairs" in lines[1] and "times" in lines[2] and "differ by" in lines[5]
+    assert (
+        lines[4].startswith("  products:")
+        and "times" not in lines[4]
+        and set(result["ratio"]) == {"search", "recurrence"}
+    )
     right = bench_dtw.search
     monkeypatch.setattr(bench_dtw, "search", lambda *pair: right(*pair) + 0.01)
     assert run(capsys)["largest_difference"] == pytest.approx(0.01, abs=1e-6)

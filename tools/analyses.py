@@ -18,6 +18,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,12 +193,21 @@ def run_all(asked: Settings, names: Sequence[str], speeches: Sequence[Speech]) -
             commands = commands_of(speech, upstreams, part == 0, options, asked)
             chains.append([(f"{speech.name} {each[1]} {'ab'[part]}", each) for each in commands])
 
+    failed = threading.Event()
+
     def walk(chain: list[tuple[str, Command]]) -> None:
         for name, command in chain:
-            log.run(name, command)
+            if failed.is_set():  # the rest waits for the mend: nothing that was done is lost
+                return
+            try:
+                log.run(name, command)
+            except RequestError:
+                failed.set()
+                raise
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(walk, chains))
+        for each in [pool.submit(walk, chain) for chain in chains]:
+            each.result()
     align(log, asked)
     for speech in speeches:
         dataset = speech.name if not speech.alignment else f"manifest:{speech.name}"
@@ -208,7 +218,7 @@ def run_all(asked: Settings, names: Sequence[str], speeches: Sequence[Speech]) -
 
 def align(log: Log, asked: Settings) -> None:
     """Phone times of the embedded corpus' test sentences, by a probe of filter banks."""
-    runs = asked.out / "aligner"
+    runs = asked.out / "aligner" / f"{asked.steps}-updates"
     run = ["run", "--upstream", "fbank", "--task", "pr", "--lr", "1e-2", "--seed", "1", "--steps", str(asked.steps)]
     log.run("mini pr", [*run, "--budget", "small", "--out", str(runs)])
     (record,) = read_records(runs)
@@ -245,6 +255,11 @@ def main(words: Sequence[str] | None = None) -> int:
     clusters = None if given.clusters is None else tuple(given.clusters)
     seeds, changes = tuple(given.seed), tuple(given.change)
     asked = Settings(given.data, given.out, given.size, given.limit, clusters, seeds, changes, given.steps)
+    if given.data is not None and not given.data.is_dir():
+        print(
+            f"--data {given.data}: no folder. Fix: the folder that holds librispeech_mini and emodb4.", file=sys.stderr
+        )
+        return 2
     speeches = [each for each in SPEECH if given.speech is None or each.name in given.speech]
     for each in list(speeches):
         if each.alignment and (given.data is None or not (given.data / each.name).is_dir()):
