@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from states import states_error
 from torch import Tensor
 
 from superb_probe.errors import RequestError
@@ -38,16 +39,6 @@ OFFICIAL = [
     "transformer_hubert_causal.fairseq",
     "transformer_hubert_prenorm",
 ]
-
-
-def states_error(checkpoint: Checkpoint, wav: Tensor, reference: Tensor) -> float:
-    """The relative error of the worst layer's states of one waveform (S,) against others (L, T, D)."""
-    encoder = HubertEncoder(checkpoint.config).eval()
-    encoder.load_state_dict(dict(checkpoint.tensors), strict=True)
-    with torch.inference_mode():
-        found = encoder(wav[None], torch.tensor([len(wav)])).states[:, 0]
-    assert found.shape == reference.shape
-    return float(((found - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).max())
 
 
 def truth(path: Path) -> tuple[Tensor, Tensor]:

@@ -9,22 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from states import states_error
 from torch import Tensor
 
 from superb_probe.errors import RequestError
-from superb_probe.upstreams.checkpoints import Checkpoint, convert_checkpoint, read_checkpoint, write_checkpoint
+from superb_probe.upstreams.checkpoints import convert_checkpoint, read_checkpoint, write_checkpoint
 from superb_probe.upstreams.hubert import HubertEncoder
 from superb_probe.upstreams.sizes import size_config
-
-
-def states_error(checkpoint: Checkpoint, wav: Tensor, reference: Tensor) -> float:
-    """The relative error of the worst layer's states of one waveform (S,) against others (L, T, D)."""
-    encoder = HubertEncoder(checkpoint.config).eval()
-    encoder.load_state_dict(dict(checkpoint.tensors), strict=True)
-    with torch.inference_mode():
-        found = encoder(wav[None], torch.tensor([len(wav)])).states[:, 0]
-    assert found.shape == reference.shape
-    return float(((found - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).max())
 
 
 def transformers_model(folder: Path, **changes: Any) -> Any:
