@@ -30,6 +30,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.norm_first = config.layer_norm_first
         self.frame_multiple = config.frame_multiple
+        self.scans = config.layer_type != "transformer"
         self.pos_conv = nn.Sequential(
             PositionalConv(config.dim, config.conv_pos, config.conv_pos_groups, config.causal_pos_conv)
         )
@@ -52,8 +53,9 @@ class Encoder(nn.Module):
         x = x + self.pos_conv(x)
         if not self.norm_first:
             x = self.layer_norm(x)
-        # A row is filled up to the multiple with zero frames of its own, which the layers then carry along.
-        multiple = self.frame_multiple
+        # A row is filled up to the multiple with zero frames of its own, which scans then carry along. Attention masks them, so that
+        # without them nothing changes but that full rows need no mask, which flash attention does not take.
+        multiple = self.frame_multiple if self.scans else 1
         padded_frames = (num_frames + multiple - 1) // multiple * multiple
         x = F.pad(zero_padding(x, lengths), (0, 0, 0, -frames % multiple))
         attended = lengths if x.shape[1] == frames else num_frames

@@ -19,6 +19,7 @@ from superb_probe.upstreams import convolutions, hubert, mamba, transformer
 from superb_probe.upstreams.base import LayerStates
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.hubert import HubertEncoder
+from superb_probe.upstreams.sizes import size_config
 
 SMALL = HubertConfig(
     conv_layers=((8, 10, 5), (12, 3, 2), (12, 3, 2), (12, 2, 16)), dim=24, num_layers=3, num_heads=3, ffn_dim=20,
@@ -410,3 +411,23 @@ def test_weights_follow_the_generator(kind: str) -> None:
     for same in (weights(1), weights(1, used)):  # a model with other weights is drawn anew, down to A_log and the norms
         assert all(torch.equal(first[name], same[name]) for name in first)
     assert any(not torch.equal(first[name], other) for name, other in weights(2).items())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_full_rows_needs_no_mask_and_no_filling(causal: bool) -> None:
+    config = replace(
+        size_config("transformer_hubert_causal" if causal else "transformer_hubert", "test"), frame_multiple=2
+    )
+    encoder = HubertEncoder(config, torch.Generator().manual_seed(0)).eval()
+    seen: list[tuple[int, bool]] = []
+    encoder.encoder.layers[0].register_forward_pre_hook(
+        lambda _, given: seen.append((given[0].shape[1], given[1] is None))
+    )
+    wavs = 0.1 * torch.randn(2, 16000, generator=torch.Generator().manual_seed(1))
+    full = torch.tensor([16000, 16000])
+    with torch.inference_mode():
+        states = encoder(wavs, full).states
+        encoder.encoder.scans = True  # filled up to 50 frames, the last one masked: what a scan needs
+        filled = encoder(wavs, full).states
+    assert seen == [(49, True), (50, False)] and states.shape[2] == 49
+    assert (states - filled).norm() <= 1e-6 * filled.norm()
