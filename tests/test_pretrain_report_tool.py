@@ -70,6 +70,7 @@ def test_encoders_are_known_by_their_weights(tool: Any) -> None:
         row("pr", "mamba_hubert_causal", "random:0", "random", 89.0),
         row("pr", "mamba_hubert_causal", "sha256:another", "trained"),
         row("pr", "fbank", "1", "none", 81.0),
+        row("pr", "fbank", "1", "none", 97.0) | {"control": "shuffle"},
         row("ic", "fbank", "1", "none"),  # at chance by construction: fbank_no_cmvn stands for it
     ]
     found = tool.systems(rows)
@@ -78,6 +79,7 @@ def test_encoders_are_known_by_their_weights(tool: Any) -> None:
         f"mamba_hubert_causal{tool.PUBLISHED}": 70.0,
         "random mamba_hubert_causal": 89.0,
         "filter banks": 81.0,
+        "shuffled labels, filter banks": 97.0,
     }
     table = tool.scores_table(found)
     assert "| mamba_hubert_causal, published front end | 70.0 [69.0, 71.0] |" in table

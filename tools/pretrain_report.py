@@ -3,8 +3,9 @@
     python tools/pretrain_report.py --pretraining docs/pretraining --runs RECORDS --out docs/pretraining
 
 Each shipped encoder has two files in --pretraining, of the folder that `superb-probe pretrain` left: NAME.csv (log.csv) and NAME.json
-(evidence.json). --runs holds records of `run_superb.py` for the shipped names, the same with --random, and filter banks;
-docs/pretrain.md has the commands. Writes curves.png and prints Markdown: masked prediction, scores, paired tests (Holm over all).
+(evidence.json). --runs holds records of `run_superb.py` for the shipped names, the same with --random, filter banks, and
+--control shuffle; docs/pretrain.md has the commands. Writes curves.png and prints Markdown: masked prediction, scores, paired tests
+(Holm over all). ASR has its character errors beside its word errors: a probe that only ever says the commonest word has few of these.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from superb_probe.downstreams.load import load_task
 from superb_probe.results.compare import Comparison, compare_items, holm, load_items
 from superb_probe.results.leaderboard import leaderboard
-from superb_probe.results.record import read_records
+from superb_probe.results.record import RunRecord, read_records
 from superb_probe.upstreams.load import load_upstream
 
 PUBLISHED = "-published-front-end"
@@ -34,11 +35,14 @@ NAMES = (
     f"transformer_hubert_causal{PUBLISHED}",
     f"mamba_hubert_causal{PUBLISHED}",
 )
-TASKS = ("asr", "pr", "asv", "ic")
+CHARACTERS = "asr, characters"
+TASKS = ("asr", CHARACTERS, "pr", "asv", "ic")
 BASELINES = {"ic": "fbank_no_cmvn"}  # means of `fbank` are zero by construction
-# Pairs of systems that are tested, A and B: a name of NAMES, the same after RANDOM, or BASELINE.
-RANDOM, BASELINE = "random ", "filter banks"
+# Pairs of systems that are tested, A and B: a name of NAMES, the same after RANDOM, or BASELINE; after SHUFFLED, its control.
+RANDOM, BASELINE, SHUFFLED = "random ", "filter banks", "shuffled labels, "
+CONTROLLED = ("transformer_hubert", "mamba_hubert", BASELINE)
 PAIRS = (
+    *((SHUFFLED + name, name) for name in CONTROLLED),
     *((RANDOM + name, name) for name in NAMES[:4]),
     *((BASELINE, name) for name in NAMES),
     ("transformer_hubert", "mamba_hubert"),
@@ -56,8 +60,6 @@ def systems(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
         shipped[load_upstream(name.removesuffix(PUBLISHED), **options).info.revision] = name
     found: dict[tuple[str, str], Row] = {}
     for row in rows:
-        if row["control"]:
-            continue
         system = shipped.get(row["revision"])
         if row["weights"] == "random":
             system = RANDOM + row["upstream"]
@@ -65,12 +67,33 @@ def systems(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
             system = BASELINE
         if system is None:
             continue
+        system = SHUFFLED + system if row["control"] else system
         if (row["task"], system) in found:
             raise SystemExit(
                 f"{row['task']} of {system}: two results. Fix: a folder with the records of one set of commands."
             )
         found[row["task"], system] = row
     return found
+
+
+def with_characters(found: Mapping[tuple[str, str], Row], by_id: Mapping[str, RunRecord]) -> dict[tuple[str, str], Row]:
+    """Each system's character error rate of ASR, a task of its own; without an interval, which records have for words."""
+    added: dict[tuple[str, str], Row] = {}
+    for (task, system), row in found.items():
+        if task != "asr":
+            continue
+        scores = [by_id[each].score for each in row["run_ids"].split()]
+        mean = sum(each.extra["cer"] for each in scores if each is not None) / len(scores)
+        added[CHARACTERS, system] = {**row, "metric": "cer", "score": mean, "ci95_low": None, "ci95_high": None}
+    return {**found, **added}
+
+
+def items_of(task: str, row: Row, by_id: Mapping[str, RunRecord], runs: Path) -> list[dict[str, list[Any]]]:
+    """What a row's records say of each test item; characters in the place of words where they are asked for."""
+    items = load_items([by_id[each] for each in row["run_ids"].split()], [runs])
+    if task != CHARACTERS:
+        return items
+    return [{**each, "edits": each["character_edits"], "words": each["characters"]} for each in items]
 
 
 @dataclass(frozen=True)
@@ -83,18 +106,18 @@ class Tested:
     outcome: Comparison
 
 
-def tests_of(found: Mapping[tuple[str, str], Row], runs: Path) -> list[Tested]:
+def tests_of(found: Mapping[tuple[str, str], Row], by_id: Mapping[str, RunRecord], runs: Path) -> list[Tested]:
     """Every pair of PAIRS that has results, p values corrected for all of them."""
-    by_id = {record.run_id: record for record in read_records(runs)}
     tested = []
     for task in TASKS:
         for a, b in PAIRS:
             if (task, a) not in found or (task, b) not in found:
                 continue
             rows = found[task, a], found[task, b]
-            sides = [load_items([by_id[each] for each in row["run_ids"].split()], [runs]) for row in rows]
-            better = rows[0]["better"] == "higher"
-            outcome = compare_items(task, rows[0]["metric"], better, sides[0], sides[1], load_task(task).value)
+            sides = [items_of(task, row, by_id, runs) for row in rows]
+            scored = load_task("asr" if task == CHARACTERS else task)
+            metric, better = scored.info.metric, rows[0]["better"] == "higher"
+            outcome = compare_items(task, metric, better, sides[0], sides[1], scored.value)
             tested.append(Tested(task, a, b, outcome))
     corrected = holm([each.outcome.p if each.outcome.p is not None else 1.0 for each in tested])
     return [replace(each, outcome=replace(each.outcome, p_holm=p)) for each, p in zip(tested, corrected, strict=True)]
@@ -108,9 +131,11 @@ def scores_table(found: Mapping[tuple[str, str], Row]) -> str:
         row = next(row for (each, _), row in found.items() if each == task)
         heads.append(f"{task} ({row['metric']} %, {row['better']} is better)")
     text = [f"| encoder | {' | '.join(heads)} |", "| --- |" + " --- |" * len(tasks)]
-    for system in (*NAMES, *(RANDOM + name for name in NAMES[:4]), BASELINE):
+    controls = (SHUFFLED + name for name in CONTROLLED)
+    for system in (*NAMES, *(RANDOM + name for name in NAMES[:4]), BASELINE, *controls):
         cells = [score(found.get((task, system))) for task in tasks]
-        text.append(f"| {label(system)} | {' | '.join(cells)} |")
+        if any(cells):
+            text.append(f"| {label(system)} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
@@ -235,9 +260,10 @@ def main(words: Sequence[str] | None = None) -> int:
     draw(asked.pretraining, asked.out)
     print(learning_table(asked.pretraining))
     if asked.runs is not None:
-        rows = [dict(row) for row in leaderboard(read_records(asked.runs)).to_dict("records")]
-        found = systems(rows)
-        print(f"\n{scores_table(found)}\n\n{tests_table(tests_of(found, asked.runs))}")
+        records = read_records(asked.runs)
+        by_id = {record.run_id: record for record in records}
+        found = with_characters(systems([dict(row) for row in leaderboard(records).to_dict("records")]), by_id)
+        print(f"\n{scores_table(found)}\n\n{tests_table(tests_of(found, by_id, asked.runs))}")
     return 0
 
 
