@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from superb_probe.results.leaderboard import options_in_words
 from superb_probe.results.overlap import MARKS, overlap_notes
 from superb_probe.results.reference import Reference, load_reference
 from superb_probe.results.score import PAPER4, SUPERB10, site_points, superb_r, superb_s
@@ -316,17 +317,28 @@ def _extra(row: Row) -> dict[str, float]:
 
 
 def _line_names(keys: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
-    """Names of lines: the upstream's, with whatever else tells two lines of one upstream apart."""
+    """Names of lines: the upstream's, with whatever else tells apart two lines of one upstream, both trained or both random."""
     labels = (*_LINE_KEY, "layer")
-    alike: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
-    for key in keys:
-        alike[key[0]].append(key)
+    name, revision, weights, options = (
+        labels.index(each) for each in ("upstream", "revision", "weights", "upstream_options")
+    )
+    alike: dict[tuple[Any, Any], dict[tuple[Any, ...], tuple[Any, ...]]] = defaultdict(dict)
+    for key in keys:  # each with its options in words
+        alike[key[name], key[weights]][key] = (*key[:options], options_in_words(key[options]), *key[options + 1 :])
     names = {}
-    for name, members in alike.items():
-        differing = [i for i in range(1, len(labels)) if len({member[i] for member in members}) > 1]
-        for member in members:
-            more = [f"{labels[i].replace('_', ' ')} {_short(member[i]) or 'default'}" for i in differing]
-            names[member] = ", ".join([name, *more])
+    for (first, _), members in alike.items():
+        if len(set(members.values())) < len(members):  # digests alone tell them apart
+            members = {key: key for key in members}
+        told = members.values()
+        differing = [i for i in range(len(labels)) if len({each[i] for each in told}) > 1]
+        if revision in differing and len({each[options] for each in told}) == len({each[revision] for each in told}):
+            differing.remove(revision)  # the options say which
+        for key, each in members.items():
+            more = [
+                each[i] if i == options else f"{labels[i].replace('_', ' ')} {_short(each[i]) or 'default'}"
+                for i in differing
+            ]
+            names[key] = ", ".join([first, *filter(None, more)])
     return names
 
 

@@ -139,6 +139,18 @@ def _canonical(values: Mapping[str, Any]) -> str:
     return json.dumps(dict(values), sort_keys=True) if values else ""
 
 
+def options_in_words(text: str) -> str:
+    """The options in a row's `upstream_options` that somebody asked for, as the command line takes them.
+
+    Digests of weights and files, which stand among them, and the seed of random weights are left out.
+
+    >>> options_in_words('{"causal_front_end": false, "random": 0, "weights": "0768d4fd1a85e5ae"}')
+    'causal_front_end=false'
+    """
+    found = json.loads(text) if text else {}
+    return " ".join(f"{name}={json.dumps(value)}" for name, value in found.items() if name not in ("weights", "random"))
+
+
 def _groups(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
     """Records that may share a row.
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from superb_probe.errors import RequestError
-from superb_probe.results.leaderboard import leaderboard
+from superb_probe.results.leaderboard import leaderboard, options_in_words
 from superb_probe.results.overlap import MARKS, short_notes
 from superb_probe.results.record import RunRecord
 
@@ -106,16 +106,29 @@ def _picture(table: pd.DataFrame, kind: str) -> bytes:
 
 
 def _labels(panel: pd.DataFrame) -> list[str]:
-    """The name of each row's line: the upstream's, with whatever else tells two lines of one upstream apart."""
+    """The name of each row's line: the upstream's, with whatever else tells it apart from others of that name."""
+    words = panel["upstream_options"].map(options_in_words)
+    named = _named(panel.assign(upstream_options=words))
     real = panel["control"] == ""
-    differing = [
-        name for name in _LINE_COLUMNS if (panel[real].groupby(["upstream", "weights"])[name].nunique() > 1).any()
-    ]
-    names = panel["upstream"] + panel["weights"].map(lambda weights: " (random)" if weights == "random" else "")
-    return [
-        name + "".join(f"\n{column}: {_short(row[column])}" for column in differing)
-        for name, (_, row) in zip(names, panel.iterrows(), strict=True)
-    ]
+    if (
+        len({label for label, one in zip(named, real, strict=True) if one}) < real.sum()
+    ):  # digests alone tell some apart
+        named = _named(panel)
+    return named
+
+
+def _named(panel: pd.DataFrame) -> list[str]:
+    real = panel[panel["control"] == ""]
+    labels = []
+    for row in panel.to_dict("records"):
+        alike = real[(real["upstream"] == row["upstream"]) & (real["weights"] == row["weights"])]
+        differing = [name for name in _LINE_COLUMNS if alike[name].nunique() > 1]
+        if "revision" in differing and alike.groupby("upstream_options")["revision"].nunique().max() == 1:
+            differing.remove("revision")  # the options say which
+        words = [row[name] if name == "upstream_options" else f"{name}: {_short(row[name])}" for name in differing]
+        random = " (random)" if row["weights"] == "random" else ""
+        labels.append("\n".join([row["upstream"] + random, *filter(None, words)]))
+    return labels
 
 
 def _short(value: Any) -> str:

@@ -66,20 +66,28 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=tuple(CELLS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", default="tiny")
-    parser.add_argument("--checkpoint", nargs="+", default=[], metavar="CELL=FILE", help="pre-trained encoders")
+    parser.add_argument(
+        "--checkpoint", nargs="+", default=[], metavar="CELL=FILE", help="instead of the shipped weights"
+    )
+    parser.add_argument("--random", action="store_true", help="start from random weights, of the run's seed")
+    parser.add_argument("--size", help="of random weights (default: tiny)")
     parser.add_argument("--manifest", nargs=3, type=Path, metavar=("TRAIN", "DEV", "TEST"), help="default: mini")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--document-column", help="default: mini's speakers, else document or LibriSpeech's chapters")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--frozen-share", type=float, help="default: 0.1 with checkpoints, 0 without")
+    parser.add_argument("--frozen-share", type=float, help="default: 0.1, and 0 with --random")
     parser.add_argument("--head-width", type=int, default=256)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.random and args.checkpoint:
+        parser.error("--random and --checkpoint: one of them")
+    if args.size and not args.random:
+        parser.error("--size is of --random: checkpoints and the shipped weights have their own")
+    return args
 
 
 def mini_manifests() -> dict[str, Manifest]:
@@ -118,7 +126,7 @@ def request(
     folder: Path,
 ) -> FinetuneRequest:
     """The run of a cell and a seed."""
-    frozen = args.frozen_share if args.frozen_share is not None else 0.1 if checkpoint else 0.0
+    frozen = args.frozen_share if args.frozen_share is not None else 0.0 if args.random else 0.1
     context = cell.get("context", "utterance")
     column = args.document_column or ("speaker" if args.manifest is None else None)
     batch = args.batch
@@ -135,8 +143,8 @@ def request(
         manifests=manifests,
         out=folder,
         checkpoint=None if checkpoint is None else Path(checkpoint),
-        size=None if checkpoint else args.size,
-        random=None if checkpoint else seed,
+        size=args.size if args.random else None,
+        random=seed if args.random else None,
         upstream_options={} if checkpoint else cell.get("upstream_options", {}),
         head=HeadChoice(cell["head"], args.head_width),
         recipe=recipe,

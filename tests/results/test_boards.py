@@ -88,6 +88,21 @@ def test_two_revisions_are_two_lines_with_different_names(make_record: Make) -> 
     ]
 
 
+def test_options_tell_lines_apart_in_words_and_digests_only_where_nothing_else_does(make_record: Make) -> None:
+    def names(*encoders: tuple[str, dict[str, Any]]) -> list[str]:
+        (board,) = made([make_record(**{"upstream.revision": one, "upstream.options": each}) for one, each in encoders])
+        return sorted(line.name for line in board.lines)
+
+    trained, published = ("sha256:aa", {"weights": "1a"}), ("sha256:bb", {"causal_front_end": False, "weights": "2b"})
+    assert names(trained, published, ("random:0", {"random": 0, "weights": "3c"})) == [
+        "mamba_hubert_causal",
+        "mamba_hubert_causal",  # with random weights, which every table says beside the name
+        "mamba_hubert_causal, causal_front_end=false",
+    ]
+    assert names(trained, ("sha256:bb", {"weights": "2b"}))[1] == "mamba_hubert_causal, revision sha256:bb"
+    assert "2b" in names(trained, ("sha256:aa", {"weights": "2b"}))[1]
+
+
 def test_the_main_table_comes_first_and_quick_after_it(make_record: Make) -> None:
     records = [
         make_record(**{"probe.budget": name, "probe.seed": i}) for i, name in enumerate(("quick", "small", "full"))

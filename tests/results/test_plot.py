@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -77,6 +78,24 @@ def test_what_may_not_share_a_table_gets_a_panel_or_a_line(make_record: Make, tm
     assert "strict protocol, full budget, xvector head, layer norm" in drawn
     assert "layer: 3" in drawn
     assert "layer: weighted sum" in drawn
+
+
+def test_encoders_of_one_name_are_told_apart_in_words(make_record: Make, tmp_path: Path) -> None:
+    def one(revision: str, **options: Any) -> Any:
+        return make_record(**{"upstream.revision": revision, "upstream.options": options})
+
+    alike = [
+        one("sha256:aa", weights="1a"),
+        one("sha256:bb", causal_front_end=False, weights="2b"),
+        one("random:0", random=0, weights="3c"),
+    ]
+    drawn = texts(plot_scores(alike, tmp_path / "a.png")[1])
+    assert drawn.count("mamba_hubert_causal") == 2 and "mamba_hubert_causal (random)" in drawn
+    assert "causal_front_end=false" in drawn and not any("sha256" in text or "3c" in text for text in drawn)
+    drawn = texts(plot_scores([one("sha256:aa", weights="1a"), one("sha256:bb", weights="2b")], tmp_path / "b.png")[1])
+    assert {"revision: sha256:aa", "revision: sha256:bb"} <= set(drawn)
+    drawn = texts(plot_scores([one("sha256:aa", weights="1a"), one("sha256:aa", weights="2b")], tmp_path / "c.png")[1])
+    assert sum("2b" in text for text in drawn) == 1  # nothing else tells them apart
 
 
 def test_the_same_records_give_the_same_bytes_and_others_do_not(
