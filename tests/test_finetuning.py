@@ -175,7 +175,7 @@ def test_the_grid_of_comparisons_asks_for_equal_budgets(tmp_path: Path) -> None:
     assert {row.labels["speaker"] for row in manifests["train"]}.isdisjoint(manifests["test"].labels("speaker"))
     args = argparse.Namespace(
         plan="length", document_column=None, manifest=None, batch=16, steps=100, lr=1e-3, precision="float32", size="test",
-        head_width=8, frozen_share=None, device="cpu",
+        head_width=8, frozen_share=None, device="cpu", random=False,
     )  # fmt: skip
     asked = {
         name: grid.request(args, cell, manifests, None, 1, tmp_path) for name, cell in grid.CELLS["length"].items()
@@ -186,6 +186,11 @@ def test_the_grid_of_comparisons_asks_for_equal_budgets(tmp_path: Path) -> None:
         assert whole.batch * len(manifests["train"]) / documents == pytest.approx(short.batch, rel=0.02)
         assert (short.steps, short.lr, short.seed) == (whole.steps, whole.lr, whole.seed)
     args.plan = "causal"
+    trained = grid.request(args, grid.CELLS["causal"]["mamba, strict"], manifests, None, 1, tmp_path)
+    assert (trained.size, trained.random, trained.recipe.frozen_share) == (None, None, 0.1)  # the shipped weights
+    args.random = True
+    scratch = grid.request(args, grid.CELLS["causal"]["mamba, strict"], manifests, None, 7, tmp_path)
+    assert (scratch.size, scratch.random, scratch.recipe.frozen_share) == ("test", 7, 0.0)
     for name, cell in grid.CELLS["causal"].items():
         encoder = load_upstream(cell["upstream"], size="test", random=0, **cell["upstream_options"])
         assert (encoder.info.lookahead_samples == 0) == ("strict" in name)
