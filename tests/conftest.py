@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,3 +56,21 @@ def noise() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], Any]:
+    """A function that imports a script of tools/ by its name; tests of it skip where there is no checkout."""
+
+    def load(name: str) -> Any:
+        file = Path(__file__).resolve().parents[1] / "tools" / f"{name}.py"
+        if not file.is_file():
+            pytest.skip("not a checkout")
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load

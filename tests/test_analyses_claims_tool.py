@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from superb_probe.results.analysis_record import Measurement
 
-FILE = Path(__file__).resolve().parents[1] / "tools" / "analyses_claims.py"
-
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    if not FILE.is_file():
-        pytest.skip("not a checkout")
-    spec = importlib.util.spec_from_file_location("analyses_claims", FILE)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules["analyses_claims"] = module
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool: Callable[[str], Any]) -> Any:
+    return load_tool("analyses_claims")
 
 
 def number(measure: str, layer: int, value: float, split: str = "test", ci: Any = None, **where: Any) -> Measurement:

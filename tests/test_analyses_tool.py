@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,19 +17,10 @@ from superb_probe.downstreams.manifest import Manifest
 from superb_probe.errors import RequestError
 from superb_probe.upstreams.sizes import FAMILIES
 
-FILE = Path(__file__).resolve().parents[1] / "tools" / "analyses.py"
-
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    if not FILE.is_file():
-        pytest.skip("not a checkout")
-    spec = importlib.util.spec_from_file_location("analyses", FILE)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules["analyses"] = module
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool: Callable[[str], Any]) -> Any:
+    return load_tool("analyses")
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,19 +13,11 @@ from superb_probe.results.compare import Comparison
 from superb_probe.upstreams.load import load_upstream
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "tools" / "pretrain_report.py"
 
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    if not FILE.is_file():
-        pytest.skip("not a checkout")
-    spec = importlib.util.spec_from_file_location("pretrain_report", FILE)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules["pretrain_report"] = module
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool: Callable[[str], Any]) -> Any:
+    return load_tool("pretrain_report")
 
 
 def row(task: str, upstream: str, revision: str, weights: str, score: float = 1.0) -> dict[str, Any]:
