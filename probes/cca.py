@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from superb_probe.errors import RequestError
+from superb_probe.probes.subspaces import class_sums
 
 FLAVOURS = ("plain", "svcca", "pwcca")
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)  # times the mean variance of a dimension
@@ -133,18 +135,18 @@ class Similarity:
     ridges: tuple[float, ...]
 
 
-def similarity(
+def similarities(
     x: Matrix,
     y: Matrix,
     groups: Sequence[str],
-    flavour: str = "plain",
+    flavours: Sequence[str] = FLAVOURS,
     *,
     num_folds: int = 5,
     ridges: Sequence[float] = RIDGES,
     draws: int = 200,
     seed: int = 0,
-) -> Similarity:
-    """Held-out similarity by cross-fitting.
+) -> dict[str, Similarity]:
+    """Held-out similarity of each flavour by cross-fitting; flavours that keep the same variance share their fits.
 
     Groups (speakers, or utterances) are dealt into folds by the seed. Each fold is held out once; the fold after it chooses the
     ridge; directions come from the rest.
@@ -153,7 +155,7 @@ def similarity(
         x: (N, D) a layer's vectors.
         y: (N, E) what they are compared with.
         groups: (N,) whose pairs never stand on two sides of a split.
-        flavour: "plain", "svcca" or "pwcca".
+        flavours: "plain", "svcca" or "pwcca".
         num_folds: at least three.
         ridges: of which one is chosen.
         draws: of the interval's bootstrap.
@@ -162,27 +164,47 @@ def similarity(
     Raises:
         RequestError: for another flavour, or fewer groups than folds.
     """
-    if flavour not in FLAVOURS:
-        raise RequestError(f"unknown flavour of CCA {flavour!r}. Fix: one of {', '.join(FLAVOURS)}.")
+    unknown = sorted(set(flavours) - set(FLAVOURS))
+    if unknown:
+        raise RequestError(f"unknown flavour of CCA {unknown[0]!r}. Fix: one of {', '.join(FLAVOURS)}.")
     fold = fold_numbers(groups, num_folds, seed)
     names = np.asarray(groups)
-    generator = np.random.default_rng([seed, 2])
-    values, boots, chosen, components = [], [], [], 0
+    parts: dict[str, list[_Held]] = {flavour: [] for flavour in flavours}
+    draw = {flavour: np.random.default_rng([seed, 2]) for flavour in flavours}
     for held in range(num_folds):
         dev, test = fold == (held + 1) % num_folds, fold == held
-        common = moments(x[~dev & ~test], y[~dev & ~test], SVCCA_VARIANCE if flavour == "svcca" else 1.0)
-        fits = [directions(common, ridge) for ridge in ridges]
-        scores = [_mean(held_out_correlations(fit, x[dev], y[dev]), fit, flavour) for fit in fits]
-        best = int(np.argmax(scores))
-        values.append(_mean(held_out_correlations(fits[best], x[test], y[test]), fits[best], flavour))
-        boots.append(_resampled(fits[best], x[test], y[test], names[test], flavour, draws, generator))
-        chosen.append(float(ridges[best]))
-        components = len(fits[best].correlations)
+        shared: dict[float, tuple[list[Directions], list[Matrix]]] = {}
+        for flavour in flavours:
+            keep = SVCCA_VARIANCE if flavour == "svcca" else 1.0
+            if keep not in shared:
+                common = moments(x[~dev & ~test], y[~dev & ~test], keep)
+                made = [directions(common, ridge) for ridge in ridges]
+                shared[keep] = made, [held_out_correlations(fit, x[dev], y[dev]) for fit in made]
+            fits, on_dev = shared[keep]
+            best = int(np.argmax([_mean(each, fit, flavour) for each, fit in zip(on_dev, fits, strict=True)]))
+            value = _mean(held_out_correlations(fits[best], x[test], y[test]), fits[best], flavour)
+            drawn = _resampled(fits[best], x[test], y[test], names[test], flavour, draws, draw[flavour])
+            parts[flavour].append(_Held(value, drawn, float(ridges[best]), len(fits[best].correlations)))
+    return {flavour: _over_folds(found) for flavour, found in parts.items()}
+
+
+class _Held(NamedTuple):
+    """A fold's value, its resampled values, the ridge chosen for it and its components."""
+
+    value: float
+    drawn: Matrix | None
+    ridge: float
+    components: int
+
+
+def _over_folds(folds: Sequence[_Held]) -> Similarity:
     low_high: tuple[float | None, float | None] = (None, None)
-    if all(each is not None for each in boots):
-        low, high = np.quantile(np.mean(np.array(boots, dtype=np.float64), axis=0), [0.025, 0.975])
+    drawn = [each.drawn for each in folds if each.drawn is not None]
+    if len(drawn) == len(folds):
+        low, high = np.quantile(np.mean(np.array(drawn, dtype=np.float64), axis=0), [0.025, 0.975])
         low_high = float(low), float(high)
-    return Similarity(float(np.mean(values)), *low_high, components, tuple(chosen))
+    value = float(np.mean([each.value for each in folds]))
+    return Similarity(value, *low_high, folds[-1].components, tuple(each.ridge for each in folds))
 
 
 def fold_numbers(groups: Sequence[str], num_folds: int, seed: int) -> NDArray[np.int64]:
@@ -219,8 +241,8 @@ def _resampled(
     if len(names) < 2:
         return None
     a, b = (x - fit.x_mean) @ fit.x, (y - fit.y_mean) @ fit.y
-    columns = (np.ones_like(a), a, b, a * a, b * b, a * b)
-    sums = np.stack([np.stack([column[number == at].sum(0) for at in range(len(names))]) for column in columns])
+    columns = np.concatenate([np.ones_like(a), a, b, a * a, b * b, a * b], axis=1)
+    sums = class_sums(columns, number, len(names)).reshape(len(names), 6, -1).transpose(1, 0, 2)
     times = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     count, sum_a, sum_b, sum_aa, sum_bb, sum_ab = np.einsum("dg,kgc->kdc", times, sums)
     covariance = sum_ab - sum_a * sum_b / count

@@ -18,6 +18,7 @@ from superb_probe.downstreams.base import Head
 from superb_probe.errors import RequestError
 from superb_probe.probes.ctc import FrameLogits
 from superb_probe.probes.specaugment import SpecAugment
+from superb_probe.upstreams.base import counts_on
 from superb_probe.upstreams.hubert import HubertEncoder
 from superb_probe.upstreams.mamba import MambaLayer, zero_padding
 from superb_probe.upstreams.residual import residual
@@ -57,19 +58,9 @@ def encode(encoder: HubertEncoder, wavs: Tensor, num_samples: Tensor, how: Regul
         how: dropout and the like; used in training mode only.
     """
     training = encoder.training
-    features, num_frames = encoder.front_end(wavs, num_samples)
-    body = encoder.encoder
-    frames, multiple = features.shape[1], body.frame_multiple
-    lengths = None if bool((num_frames == frames).all()) else num_frames
-    x = zero_padding(features, lengths)
-    x = x + body.pos_conv(x)
-    if not body.norm_first:
-        x = body.layer_norm(x)
-    x = _drop(x, how.dropout, training)
-    padded = (num_frames + multiple - 1) // multiple * multiple
-    x = F.pad(zero_padding(x, lengths), (0, 0, 0, -frames % multiple))
-    attended = lengths if x.shape[1] == frames else num_frames
-    scanned = None if bool((padded == x.shape[1]).all()) else padded
+    features, counts = encoder.front_end(wavs, num_samples)
+    body, frames = encoder.encoder, features.shape[1]
+    x, (valid, attended, scanned) = body.begin(features, counts, lambda y: _drop(y, how.dropout, training))
     for layer in body.layers:
         if training and how.layer_drop and float(torch.rand(())) < how.layer_drop:
             continue
@@ -79,7 +70,7 @@ def encode(encoder: HubertEncoder, wavs: Tensor, num_samples: Tensor, how: Regul
             x = _layer(layer, x, attended, scanned, how.dropout if training else 0.0)
     if body.norm_first:
         x = body.layer_norm(x)
-    return zero_padding(x[:, :frames], lengths), num_frames
+    return zero_padding(x[:, :frames], valid), counts_on(x.device, counts)
 
 
 def _layer(layer: nn.Module, x: Tensor, attended: Tensor | None, scanned: Tensor | None, dropout: float) -> Tensor:

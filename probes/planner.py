@@ -122,9 +122,16 @@ def measure_room(
     device: torch.device, store: Path | None, need: Need, limit_bytes: int | None, *, clean: bool = False
 ) -> Room:
     """What there is right now; `clean` says that other stores may be deleted for room below the limit."""
-    gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    gpu = free_gpu_bytes(device) if device.type == "cuda" else None
     problem = None if store is None else room_problem(store, need.missing_bytes, limit_bytes, clean=clean)
     return Room(gpu, free_memory_bytes(), store, problem)
+
+
+def free_gpu_bytes(device: torch.device) -> int:
+    """GPU memory that is free, and that this process may have (`torch.cuda.set_per_process_memory_fraction`)."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
+    return min(free, int(allowed))
 
 
 def free_memory_bytes() -> int | None:

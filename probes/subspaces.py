@@ -9,11 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 
 from superb_probe.errors import RequestError
 
 Matrix = NDArray[np.float64]
+
+
+def class_sums(rows: NDArray[Any], labels: NDArray[np.int64], classes: int) -> Matrix:
+    """(C, D) the sum of the rows (N, D) of every class, in float64: as `np.add.at`, many times as fast.
+
+    >>> class_sums(np.array([[1.0], [2.0], [4.0]]), np.array([1, 0, 1]), 3).tolist()
+    [[2.0], [5.0], [0.0]]
+    """
+    members = scipy.sparse.csr_matrix((np.ones(len(labels)), (labels, np.arange(len(labels)))), (classes, len(labels)))
+    found: Matrix = members @ np.asarray(rows, dtype=np.float64)
+    return found
 
 
 def balanced_means(frames: NDArray[Any], labels: NDArray[np.int64], others: NDArray[np.int64]) -> Matrix:
@@ -29,11 +41,8 @@ def balanced_means(frames: NDArray[Any], labels: NDArray[np.int64], others: NDAr
     """
     pairs, number = np.unique(np.stack([labels, others]), axis=1, return_inverse=True)
     number = number.ravel()
-    sums = np.zeros((pairs.shape[1], frames.shape[1]))
-    np.add.at(sums, number, np.asarray(frames, dtype=np.float64))
-    means = sums / np.bincount(number)[:, None]
-    found = np.zeros((int(labels.max()) + 1, frames.shape[1]))
-    np.add.at(found, pairs[0], means)
+    means = class_sums(frames, number, pairs.shape[1]) / np.bincount(number)[:, None]
+    found = class_sums(means, pairs[0], int(labels.max()) + 1)
     counts = np.bincount(pairs[0], minlength=len(found))
     if (counts == 0).any():
         raise RequestError("subspaces: a class has no frame. Fix: number the classes that are there.")
@@ -116,9 +125,7 @@ def whitening_matrix(frames: NDArray[Any], labels: NDArray[np.int64], shrinkage:
     """
     within = np.asarray(frames, dtype=np.float64)
     counts = np.maximum(np.bincount(labels), 1)
-    means = np.zeros((len(counts), within.shape[1]))
-    np.add.at(means, labels, within)
-    within = within - (means / counts[:, None])[labels]
+    within = within - (class_sums(within, labels, len(counts)) / counts[:, None])[labels]
     covariance = within.T @ within / len(within)
     covariance = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / len(covariance) * np.eye(
         len(covariance)
@@ -166,9 +173,7 @@ class LinearClassifier:
         """
         x = np.asarray(frames, dtype=np.float64)
         counts = np.bincount(labels)
-        means = np.zeros((len(counts), x.shape[1]))
-        np.add.at(means, labels, x)
-        means /= np.maximum(counts, 1)[:, None]
+        means = class_sums(x, labels, len(counts)) / np.maximum(counts, 1)[:, None]
         within = x - means[labels]
         covariance = within.T @ within / len(x)
         # a dimension that a subspace's removal emptied must not become infinitely certain

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from superb_probe.errors import RequestError
 from superb_probe.results.leaderboard import aggregate
@@ -134,6 +133,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
     >>> mcnemar(1, 9)
     0.021484375
     """
+    from scipy import stats  # a second to import: most of what reads this module asks for no p value
+
     total = only_a + only_b
     return 1.0 if total == 0 else float(stats.binomtest(min(only_a, only_b), total).pvalue)
 
@@ -176,8 +177,22 @@ def bootstrap_test(
     error = float(np.std(found, ddof=1)) * math.sqrt(len(named) / degrees)
     if error == 0:
         return (1.0 if observed == 0 else None), None
-    half = float(stats.t.ppf(0.975, degrees)) * error
-    return float(2 * stats.t.sf(abs(observed) / error, degrees)), (observed - half, observed + half)
+    half = _student_half(degrees) * error
+    return _student_p(observed / error, degrees), (observed - half, observed + half)
+
+
+def _student_half(degrees: int) -> float:
+    """The 97.5 % point of Student's distribution."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, degrees))
+
+
+def _student_p(value: float, degrees: int) -> float:
+    """The two-sided p value of Student's statistic."""
+    from scipy import stats
+
+    return float(2 * stats.t.sf(abs(value), degrees))
 
 
 def compare_items(
@@ -256,7 +271,7 @@ def _by_randomisation(
     residual = sums - weights * float(sums.sum()) / total
     error = math.sqrt(len(sums) / (len(sums) - 1) * float((residual**2).sum())) / total
     scale = common["difference"] / (float(sums.sum()) / total) if sums.sum() else 100.0
-    half = float(stats.t.ppf(0.975, len(sums) - 1)) * error * scale
+    half = _student_half(len(sums) - 1) * error * scale
     return Comparison(**common, ci95=(common["difference"] - half, common["difference"] + half), p=p, method=method)
 
 

@@ -83,9 +83,9 @@ def six_test_speakers(files: Files, root: Path) -> None:
 
 
 SPEECH = (
-    Speech("mini", ("phones", "speaker"), (100,), 140, 20),
-    Speech("librispeech_mini", ("phones",), (100,), 40, 10, "phones_ps.csv", MISALIGNED),
-    Speech("emodb4", ("phones", "speaker", "emotion"), (100,), 100, 20, "phones.csv", ("08a01Wa",), six_test_speakers),
+    Speech("mini", ("phones", "speaker"), (100,), 140, 12),
+    Speech("librispeech_mini", ("phones",), (100,), 40, 6, "phones_ps.csv", MISALIGNED),
+    Speech("emodb4", ("phones", "speaker", "emotion"), (100,), 100, 12, "phones.csv", ("08a01Wa",), six_test_speakers),
 )
 ANALYSES = ("units", "cca", "disentangle")
 

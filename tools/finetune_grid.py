@@ -53,11 +53,11 @@ def main() -> None:
     manifests = mini_manifests() if args.manifest is None else own_manifests(args)
     checkpoints = dict(text.split("=", 1) for text in args.checkpoint)
     for seed in args.seed:
-        for name, cell in CELLS[args.plan].items():
+        for name in args.cell or CELLS[args.plan]:
             folder = args.out / f"{name.replace(', ', '-')}-{seed}"
             if finished(folder):
                 continue
-            finetune(request(args, cell, manifests, checkpoints.get(name), seed, folder))
+            finetune(request(args, CELLS[args.plan][name], manifests, checkpoints.get(name), seed, folder))
     report(args)
 
 
@@ -66,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=tuple(CELLS))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cell", nargs="+", metavar="CELL", help="only these, to run several processes side by side")
     parser.add_argument(
         "--checkpoint", nargs="+", default=[], metavar="CELL=FILE", help="instead of the shipped weights"
     )
@@ -83,6 +84,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    unknown = sorted(set(args.cell or ()) - set(CELLS[args.plan]))
+    if unknown:
+        parser.error(f"--cell {' '.join(unknown)}: not in {args.plan}, which has {', '.join(CELLS[args.plan])}")
     if args.random and args.checkpoint:
         parser.error("--random and --checkpoint: one of them")
     if args.size and not args.random:
@@ -194,8 +198,9 @@ def report(args: argparse.Namespace) -> None:
             )
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format="%.2f"))
+    start = f"random weights of size {args.size or 'tiny'}" if args.random else "pre-trained weights"
     panel = Panel(
-        f"{args.plan}: {args.size}, {args.steps} updates",
+        f"{args.plan}: {start}, {args.steps} updates",
         "update",
         "dev wer (%, mean of seeds, lower is better)",
         curves,

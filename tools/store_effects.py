@@ -1,7 +1,7 @@
 """What the types and the crops that stores keep do to scores, on the embedded corpus: the tables of docs/stores.md.
 
 Usage: python tools/store_effects.py dtypes --task ic --upstream transformer_hubert --size tiny --random 1
-       python tools/store_effects.py crops --upstream fbank_no_cmvn --steps 300
+       python tools/store_effects.py crops --upstream transformer_hubert --steps 500 --seed {1..30} --device cuda
 
 Each row is a paired difference: the score of a seed of the probe less the score of the same seed with float32 states
 ("dtypes") or with crops encoded anew at every access ("crops"), with the 95 % interval of Student's t over the seeds.
@@ -47,7 +47,7 @@ class Computed(Upstream):
             for manifest in fold.manifests.values():
                 for utterance in manifest:
                     wave = read_waveform(utterance, manifest.root, encoder.info.sample_rate_hz, task.info.waveform)
-                    self._states[utterance.id] = encoder.extract([torch.from_numpy(wave)]).states[:, 0].clone()
+                    self._states[utterance.id] = encoder.extract([torch.from_numpy(wave)]).states[:, 0].cpu().clone()
 
     def num_frames(self, num_samples: int) -> int:
         """Those of the encoder."""
@@ -86,7 +86,7 @@ def short_crops() -> Task:
 
 def scores(upstream: Any, task: str, args: argparse.Namespace, **options: Any) -> np.ndarray[Any, Any]:
     """The test score of every seed."""
-    shared = {"lr": [args.lr], "seed": args.seed, "steps": args.steps, "device": "cpu"}
+    shared = {"lr": [args.lr], "seed": args.seed, "steps": args.steps, "device": args.device}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stderr):
         records = run(upstream, task, **shared, out=Path(folder), **options)
     values = {record.probe.seed: record.score.value for record in records if record.score is not None}
@@ -110,9 +110,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--crops", nargs="+", type=int, default=[2, 8])
     args = parser.parse_args()
-    encoder = load_upstream(args.upstream, size=args.size, random=args.random)
+    encoder = load_upstream(args.upstream, size=args.size, random=args.random, device=args.device)
     print("| states | mean score | deviation over seeds | mean difference | its 95 % interval |\n|---|---|---|---|---|")
     if args.what == "dtypes":
         upstream = Computed(encoder, load_task(args.task))

@@ -147,6 +147,16 @@ def normalize_waveforms(wavs: Tensor, num_samples: Tensor) -> Tensor:
     return centred * torch.rsqrt(variance + 1e-5)
 
 
+def counts_on(device: torch.device, counts: Sequence[int]) -> Tensor:
+    """(B,) counts on a device; the host does not wait for a GPU to take them.
+
+    >>> counts_on(torch.device("cpu"), [3, 2])
+    tensor([3, 2])
+    """
+    made = torch.tensor(counts)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
 def frame_mask(num_frames: Tensor, max_frames: int) -> Tensor:
     """(B, T) booleans, True on valid frames.
 

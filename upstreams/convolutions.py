@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from superb_probe.errors import RequestError
 from superb_probe.upstreams import fused_cpu, fused_cuda
-from superb_probe.upstreams.base import frame_mask
+from superb_probe.upstreams.base import counts_on, frame_mask
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.cuda_kernels import can_run
 from superb_probe.upstreams.linear import linear
@@ -22,6 +22,7 @@ from superb_probe.upstreams.linear import linear
 # Elements of the first convolution's output worked on at once without gradients: some rows, or a block of time of a long one. It is by
 # far the largest activation.
 _SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**29}
+_FOLD_FRAMES = 1024  # whose covariance is summed at once
 RUN_FRAMES = 8  # outputs of the positional convolution that share a row of a matrix product
 
 
@@ -149,14 +150,17 @@ def fold_group_norm(wavs: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm, num_frame
         num_frames: valid frames of each row, at least 1.
     """
     kernel, stride = conv.kernel_size[0], conv.stride[0]
-    lengths = torch.tensor(num_frames, device=wavs.device)
-    windows = wavs.unfold(1, kernel, stride)
+    lengths = counts_on(wavs.device, num_frames)
+    blocks = -(-max(num_frames) // _FOLD_FRAMES)
+    spare = (blocks * _FOLD_FRAMES - 1) * stride + kernel - wavs.shape[1]
+    windows = F.pad(wavs, (0, spare)).unfold(1, kernel, stride)
     valid = frame_mask(lengths, windows.shape[1])[..., None]
     counts = lengths[:, None].double()
     exact = windows.double().masked_fill(~valid, 0.0)
     mean = exact.sum(1) / counts  # (B, K)
     exact = (exact - mean[:, None]).masked_fill(~valid, 0.0)
-    covariance = exact.transpose(1, 2) @ exact / counts[..., None]  # (B, K, K)
+    pieces = exact.unflatten(1, (blocks, _FOLD_FRAMES))  # many small products keep a GPU busy, one long one does not
+    covariance = (pieces.transpose(2, 3) @ pieces).sum(1) / counts[..., None]  # (B, K, K)
     taps = conv.weight[:, 0].double()
     variance = torch.einsum("ck,bkl,cl->bc", taps, covariance, taps)
     scale = torch.rsqrt(variance.clamp(min=0.0) + norm.eps) * norm.weight.double()

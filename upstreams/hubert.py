@@ -7,19 +7,34 @@ weights load strictly. What differs is the handling of padding: each row is comp
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from superb_probe.errors import RequestError
-from superb_probe.upstreams.base import LayerStates, frame_mask, normalize_waveforms
+from superb_probe.upstreams.base import LayerStates, counts_on, frame_mask, normalize_waveforms
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.convolutions import FeatureExtractor, PositionalConv, conv_frames, reset_pos_conv_
 from superb_probe.upstreams.linear import Linear
 from superb_probe.upstreams.mamba import InnBiMamba, Mamba, Mamba2, MambaLayer, zero_padding
 from superb_probe.upstreams.transformer import TransformerLayer
+
+
+class Rows(NamedTuple):
+    """Which frames of each row a stage reads, (B,) each; None: all of them.
+
+    Attributes:
+        valid: of the T frames that come in and go out.
+        attended: of the frames that layers see, which may be filled up to a multiple.
+        scanned: of those, with the frame that fills a row up.
+    """
+
+    valid: Tensor | None
+    attended: Tensor | None
+    scanned: Tensor | None
 
 
 class Encoder(nn.Module):
@@ -37,37 +52,55 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(make_layer(config) for _ in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(config.dim)
 
-    def forward(self, x: Tensor, num_frames: Tensor) -> Tensor:
+    def begin(
+        self, x: Tensor, counts: Sequence[int], drop: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Rows]:
+        """What the first layer reads, and which frames of it.
+
+        Args:
+            x: (B, T, D) projected features.
+            counts: frames of each row, known to the host, so that it need not wait for a GPU.
+            drop: dropout of the result; None for none.
+
+        Returns:
+            (B, T', D), T' filled up to the multiple where layers scan, and the rows' frames.
+        """
+        frames = x.shape[1]
+        valid = None if min(counts) == frames else counts_on(x.device, counts)
+        x = zero_padding(x, valid)
+        x = x + self.pos_conv(x)
+        if not self.norm_first:
+            x = self.layer_norm(x)
+        if drop is not None:
+            x = drop(x)
+        # A row is filled up to the multiple with zero frames of its own, which scans then carry along. Attention masks them, so that
+        # without them nothing changes but that full rows need no mask, which flash attention does not take.
+        multiple = self.frame_multiple if self.scans else 1
+        filled = [-(-count // multiple) * multiple for count in counts]
+        x = F.pad(zero_padding(x, valid), (0, 0, 0, -frames % multiple))
+        attended = valid if x.shape[1] == frames else counts_on(x.device, counts)
+        return x, Rows(valid, attended, None if min(filled) == x.shape[1] else counts_on(x.device, filled))
+
+    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """States of every layer.
 
         Args:
             x: (B, T, D) projected features.
-            num_frames: (B,).
+            counts: frames of each row.
 
         Returns:
             (L, B, T, D), zero past each row's end.
         """
         frames = x.shape[1]
-        lengths = None if bool((num_frames == frames).all()) else num_frames
-        x = zero_padding(x, lengths)
-        x = x + self.pos_conv(x)
-        if not self.norm_first:
-            x = self.layer_norm(x)
-        # A row is filled up to the multiple with zero frames of its own, which scans then carry along. Attention masks them, so that
-        # without them nothing changes but that full rows need no mask, which flash attention does not take.
-        multiple = self.frame_multiple if self.scans else 1
-        padded_frames = (num_frames + multiple - 1) // multiple * multiple
-        x = F.pad(zero_padding(x, lengths), (0, 0, 0, -frames % multiple))
-        attended = lengths if x.shape[1] == frames else num_frames
-        scanned = None if bool((padded_frames == x.shape[1]).all()) else padded_frames
+        x, rows = self.begin(x, counts)
 
         kept: list[Tensor] | None = [] if torch.is_grad_enabled() else None
         states = None if kept is not None else x.new_empty(len(self.layers) + 1, x.shape[0], frames, x.shape[2])
         for index in range(len(self.layers) + 1):
             if index:
-                x = self.layers[index - 1](x, attended, scanned)
+                x = self.layers[index - 1](x, rows.attended, rows.scanned)
             last = index == len(self.layers)
-            state = zero_padding((self.layer_norm(x) if last and self.norm_first else x)[:, :frames], lengths)
+            state = zero_padding((self.layer_norm(x) if last and self.norm_first else x)[:, :frames], rows.valid)
             if kept is not None:
                 kept.append(state)
             elif states is not None:
@@ -128,7 +161,8 @@ class HubertEncoder(nn.Module):
             if config.num_classes and config.final_dim
             else None
         )
-        self.reset_parameters(generator)
+        if not self.mask_emb.is_meta:  # nothing is drawn for weights that a checkpoint brings
+            self.reset_parameters(generator)
 
     @property
     def num_layers(self) -> int:
@@ -172,11 +206,11 @@ class HubertEncoder(nn.Module):
         Raises:
             RequestError: if a row has more samples than `wavs`, or too few for one frame.
         """
-        features, num_frames = self.front_end(wavs, num_samples)
-        return LayerStates(self.encoder(features, num_frames), num_frames)
+        features, counts = self.front_end(wavs, num_samples)
+        return LayerStates(self.encoder(features, counts), counts_on(features.device, counts))
 
-    def front_end(self, wavs: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected features (B, T, D), which enter the encoder, and frames of each row (B,)."""
+    def front_end(self, wavs: Tensor, num_samples: Tensor) -> tuple[Tensor, list[int]]:
+        """Projected features (B, T, D), which enter the encoder, and frames of each row."""
         lengths = [int(count) for count in num_samples.tolist()]
         counts = [self.num_frames(length) for length in lengths]
         problems = [
@@ -195,7 +229,7 @@ class HubertEncoder(nn.Module):
         features = self.layer_norm(self.feature_extractor(wavs, lengths))
         if self.post_extract_proj is not None:
             features = self.post_extract_proj(features)
-        return features, torch.tensor(counts, device=wavs.device)
+        return features, counts
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +26,7 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(dim, dim)
         self.q_proj = Linear(dim, dim)
         self.out_proj = Linear(dim, dim)
+        self._kept: tuple[Any, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, num_frames: Tensor | None, attended: Tensor | None = None) -> Tensor:
         """Attend.
@@ -40,15 +44,24 @@ class SelfAttention(nn.Module):
         """
         batch, frames, dim = x.shape
         shape = (batch, frames, self.num_heads, dim // self.num_heads)
-        query, key, value = (
-            project(x).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (each.view(shape).transpose(1, 2) for each in self._projected(x))
         mask = None if self.causal or num_frames is None else frame_mask(num_frames, frames)[:, None, None]
         if attended is not None:
             mask = attended
         causal = self.causal and attended is None
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, frames, dim))  # type: ignore[no-any-return]
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (B, T, D) each: on a GPU without gradients by one product, faster than three narrow ones."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        weights = [each for part in parts for each in (part.weight, part.bias)]
+        if not x.is_cuda or torch.is_grad_enabled() or any(each.is_inference() for each in weights):
+            return tuple(part(x) for part in parts)
+        key = tuple((each.data_ptr(), each._version, each.dtype, each.device) for each in weights)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, torch.cat(weights[0::2]), torch.cat(weights[1::2])
+        return F.linear(x, *self._kept[1:]).chunk(3, dim=-1)
 
 
 class TransformerLayer(nn.Module):

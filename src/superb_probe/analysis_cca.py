@@ -16,7 +16,7 @@ from superb_probe.downstreams.audio import SAMPLE_RATE_HZ, read_waveform
 from superb_probe.engine_progress import Stage
 from superb_probe.errors import RequestError
 from superb_probe.probes.alignments import Segment, segment_frames
-from superb_probe.probes.cca import FLAVOURS, one_hot, similarity
+from superb_probe.probes.cca import FLAVOURS, Similarity, one_hot, similarities
 from superb_probe.results.analysis_record import Measurement
 from superb_probe.upstreams.base import Upstream
 
@@ -156,20 +156,25 @@ def analyze_cca(
             order = np.random.default_rng([request.seed, 5]).permutation(len(target.y))
             for layer in range(layers):
                 x = _means(frames, target, layer)
-                for flavour in request.flavours:
-                    for control, y in zip(CONTROLS, (target.y, target.y[order]), strict=True):
-                        found = similarity(x, y, target.groups, flavour, num_folds=request.num_folds, seed=request.seed)
-                        ci95 = None if found.low is None or found.high is None else (found.low, found.high)
-                        where = {
-                            "target": target.name,
-                            "flavour": flavour,
-                            "components": found.num_components,
-                            "held_out": target.grouped_by,
-                        }
-                        where |= {"control": control} if control else {}
-                        rows.append(Measurement("cca", layer, "cross-fitted", found.value, ci95, 1, where))
+                for control, y in zip(CONTROLS, (target.y, target.y[order]), strict=True):
+                    found = similarities(
+                        x, y, target.groups, request.flavours, num_folds=request.num_folds, seed=request.seed
+                    )
+                    rows += [_row(each, flavour, target, control, layer) for flavour, each in found.items()]
                 stage.advance(1)
     return rows
+
+
+def _row(found: Similarity, flavour: str, target: Target, control: str, layer: int) -> Measurement:
+    ci95 = None if found.low is None or found.high is None else (found.low, found.high)
+    where = {
+        "target": target.name,
+        "flavour": flavour,
+        "components": found.num_components,
+        "held_out": target.grouped_by,
+    }
+    where |= {"control": control} if control else {}
+    return Measurement("cca", layer, "cross-fitted", found.value, ci95, 1, where)
 
 
 def _means(frames: Mapping[str, Frames], target: Target, layer: int) -> Matrix:

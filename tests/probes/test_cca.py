@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -12,15 +14,21 @@ from sklearn.decomposition import PCA
 from superb_probe.errors import RequestError
 from superb_probe.probes.cca import (
     FLAVOURS,
+    Similarity,
     directions,
     fold_numbers,
     held_out_correlations,
     moments,
     one_hot,
-    similarity,
+    similarities,
 )
 
 Matrix = NDArray[np.float64]
+
+
+def similarity(x: Matrix, y: Matrix, groups: list[str], flavour: str, **options: Any) -> Similarity:
+    """One flavour alone."""
+    return similarities(x, y, groups, (flavour,), **options)[flavour]
 
 
 def pairs(count: int = 400, seed: int = 0, noise: float = 0.5) -> tuple[Matrix, Matrix, list[str]]:
@@ -160,6 +168,13 @@ def test_similarity_is_above_its_shuffled_floor(flavour: str) -> None:
     assert real.low is not None and real.high is not None and floor.high is not None and floor.low is not None
     assert real.low < real.value < real.high and real.low > floor.high
     assert floor.low < 0.05 and abs(floor.value) < 0.1
+
+
+def test_flavours_that_share_fits_are_those_alone() -> None:
+    x, y, groups = pairs(120)
+    together = similarities(x, y, groups, draws=20)
+    assert together == {flavour: similarity(x, y, groups, flavour, draws=20) for flavour in FLAVOURS}
+    assert len({found.value for found in together.values()}) == 3
 
 
 def test_overfitting_lowers_held_out_values() -> None:
