@@ -130,7 +130,8 @@ def measure_room(
 def free_gpu_bytes(device: torch.device) -> int:
     """GPU memory that is free, and that this process may have (`torch.cuda.set_per_process_memory_fraction`)."""
     free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    allowed = torch.cuda.get_per_process_memory_fraction(number) * total - torch.cuda.memory_reserved(number)
     return min(free, int(allowed))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from superb_probe.errors import RequestError
 from superb_probe.probes.dtw import LEAST_RANGE, frame_distances, hold_last, scale_rows, search, subsequence_costs
 from superb_probe.probes.dtw import unit_frames as unit
 
-PEER = "dtw-python 1.3.0"
+PEER = "dtw-python"
+PEER_OF_S3PRL = f"{PEER} 1.3.0"  # the release that s3prl pins; later ones run beside numpy 2
 
 
 def bench_dtw(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def _beside_peer(
     except (ImportError, ValueError) as error:  # ValueError: built for another numpy
         return {
             "peer": None,
-            "why": f"{PEER} cannot be imported ({error}). Fix: pip install dtw-python==1.3.0 'numpy<2'",
+            "why": f"{PEER_OF_S3PRL} cannot be imported ({error}). Fix: pip install dtw-python==1.3.0 'numpy<2'",
         }
     layer, row = np.meshgrid(range(len(query)), range(len(lengths)), indexing="ij")
     places = list(zip(layer.flatten().tolist(), row.flatten().tolist(), strict=True))
@@ -88,7 +90,7 @@ def _beside_peer(
     seconds = {name: (cost(timing) or 0.0) / len(places) for name, timing in timings.items()}
     ours = result["seconds_a_pair"]
     return {
-        "peer": PEER,
+        "peer": f"{PEER} {version(PEER)}",
         "peer_seconds_a_pair": seconds,
         "ratio": {name: seconds[name] / ours[name] for name in seconds},
         "largest_difference": float((torch.tensor(found).view_as(scores) - scores).abs().max()),

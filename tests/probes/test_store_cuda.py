@@ -12,6 +12,7 @@ from superb_probe.downstreams.manifest import Manifest
 from superb_probe.errors import CheckError
 from superb_probe.probes import kernels, store_kernels
 from superb_probe.probes.batches import assemble
+from superb_probe.probes.planner import free_gpu_bytes
 from superb_probe.probes.states import States
 from superb_probe.probes.store import FeatureStore
 from superb_probe.probes.store_stream import StreamStore
@@ -80,3 +81,13 @@ def test_a_batch_put_together_in_one_launch(dtype: torch.dtype) -> None:
         expected, expected_lengths = assemble(given, GPU)
         assert torch.equal(padded, expected) and torch.equal(lengths, expected_lengths)
     assert not store_kernels.can_pad([part.transpose(0, 1) for part in parts])
+
+
+def test_the_planner_sees_what_this_process_may_have() -> None:
+    total = torch.cuda.mem_get_info()[1]
+    before = [free_gpu_bytes(torch.device(name)) for name in ("cuda", "cuda:0")]
+    torch.cuda.set_per_process_memory_fraction(0.1)
+    try:
+        assert free_gpu_bytes(torch.device("cuda")) <= 0.1 * total < min(before)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
