@@ -247,9 +247,13 @@ class Head(nn.Module, ABC):
 
     Attributes:
         min_frames: fewest frames an utterance must have.
+        joins_batches: whether the batches of one update may go through as one: the loss is a mean over utterances that do not see
+            each other, nothing is drawn at random, and `forward` also takes `longest`, (B,) the frames of the longest utterance in
+            each one's own batch.
     """
 
     min_frames: int = 1
+    joins_batches: bool = False
 
     @abstractmethod
     def forward(self, frames: Tensor, num_frames: Tensor) -> Any:

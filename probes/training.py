@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,7 @@ class Draws:
         self.targets = targets
         self._states = states
         self._ahead: list[int] = []
+        self._coming: list[tuple[list[int], int]] = []
         self._max_frames: int | None = None
         if budget.max_crop_s is not None and max(states.num_frames) > 1:
             self._max_frames = int(budget.max_crop_s * info.sample_rate_hz) // info.hop_samples
@@ -92,6 +93,28 @@ class Draws:
         rows = self._ahead or next(self.rows)
         self._ahead = next(self.rows)
         self._states.prefetch(self._ahead)
+        return self._of(rows)
+
+    def update(self, count: int) -> Iterator[tuple[Tensor, Batch, int]]:
+        """The batches of one update, joined into one where they are equally large, and how many each holds; as `batch` else.
+
+        Crops and order are those of the same batches one by one.
+        """
+        parts = self._coming or self._parts(count)
+        self._coming = self._parts(count)
+        for rows, _ in self._coming:
+            self._states.prefetch(rows)
+        for rows, held in parts:
+            yield (*self._of(rows), held)
+
+    def _parts(self, count: int) -> list[tuple[list[int], int]]:
+        batches = [next(self.rows) for _ in range(count)]
+        joined = [row for rows in batches for row in rows]
+        even = len({len(rows) for rows in batches}) == 1
+        # an utterance that is there twice has two crops, and the store gives one of each name
+        return [(joined, count)] if even and len(set(joined)) == len(joined) else [(rows, 1) for rows in batches]
+
+    def _of(self, rows: Sequence[int]) -> tuple[Tensor, Batch]:
         states, num_frames = self._states.batch(rows, self._max_frames, self.crops)
         ids = [self._states.ids[row] for row in rows]
         return states, collate(ids, num_frames, [self.targets[row] for row in rows])
@@ -171,6 +194,7 @@ class Separate(Company):
         """See `Company`."""
         super().__init__(runners, draws, num_layers, budget, clip)
         self.stride = GRAPH_UPDATES if self.device.type == "cuda" else 1
+        self._joins = self.accumulate > 1 and self.runners[0].probe.head.joins_batches
 
     def learn(self, count: int) -> None:
         """Make some updates of all running trials."""
@@ -179,30 +203,39 @@ class Separate(Company):
             losses = torch.zeros(len(self.runners), device=self.device)
             for draw, group in self.groups:
                 members = [number for number in self.running() if group.start <= number < group.stop]
+                if members and self._joins:
+                    for states, batch, held in draw.update(self.accumulate):
+                        self._accumulate(states, batch, held, members, losses)
+                    continue
                 for _ in range(self.accumulate if members else 0):
-                    self._accumulate(draw, members, losses)
+                    self._accumulate(*draw.batch(), 1, members, losses)
             self.updater.step(losses)
 
-    def _accumulate(self, draw: Draws, members: Sequence[int], losses: Tensor) -> None:
-        """Add one batch's gradients and losses of the trials of one seed."""
-        states, batch = draw.batch()
+    def _accumulate(self, states: Tensor, batch: Batch, held: int, members: Sequence[int], losses: Tensor) -> None:
+        """Add the gradients and losses of a batch, or of `held` batches as one, of the trials of one seed."""
         mixer = self.mixer.part(members)
         mixture = mixer.mixture()
         mixed = mix(mixture, states)
         gradient = torch.empty_like(mixed)
         for place, number in enumerate(members):
-            loss, gradient[place] = self._one(self.runners[number], mixed[place], batch)
+            loss, gradient[place] = self._one(self.runners[number], mixed[place], batch, held)
             losses[number] += loss
         if mixer.any_learnt:
             weights = self.updater.stacked(0, self.updater.gradients)
             weights[members] += mixer.gradient(mixture, mixture_gradient(gradient, states))
 
-    def _one(self, runner: Runner, mixed: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _one(self, runner: Runner, mixed: Tensor, batch: Batch, held: int) -> tuple[Tensor, Tensor]:
         """One batch of one trial, with the trial's own random numbers: its loss and the gradient of the mixed states."""
         set_random_state(runner.random, self.device)
         runner.probe.train()
         frames = mixed.detach().requires_grad_()
-        loss = runner.probe.head.loss(runner.probe.head(frames, batch.num_frames), batch) / self.accumulate
+        head = runner.probe.head
+        if held == 1:
+            outputs = head(frames, batch.num_frames)
+        else:
+            own = batch.num_frames.view(held, -1)
+            outputs = head(frames, batch.num_frames, longest=own.amax(1, keepdim=True).expand_as(own).flatten())
+        loss = head.loss(outputs, batch) * (held / self.accumulate)
         loss.backward()  # type: ignore[no-untyped-call]
         runner.random = random_state(self.device)
         if frames.grad is None:

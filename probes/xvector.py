@@ -93,6 +93,7 @@ class XVector(Head):
     """
 
     min_frames = LOST_FRAMES + 2
+    joins_batches = True
 
     def __init__(
         self,
@@ -122,8 +123,8 @@ class XVector(Head):
         self.objective = nn.Parameter(torch.empty(width, num_speakers))
         nn.init.xavier_normal_(self.objective)
 
-    def forward(self, frames: Tensor, num_frames: Tensor) -> XVectorOutputs:
-        """Vector and embedding of each utterance, which must have `min_frames` frames.
+    def forward(self, frames: Tensor, num_frames: Tensor, longest: Tensor | None = None) -> XVectorOutputs:
+        """Vector and embedding of each utterance, which must have `min_frames` frames; `longest` as `Head.joins_batches` says.
 
         >>> outputs = XVector(4, 3, width=8, pool_width=6)(torch.zeros(2, 20, 4), torch.tensor([20, 16]))
         >>> outputs.embedding.shape
@@ -134,7 +135,8 @@ class XVector(Head):
         hidden = self.tdnn(self.connector(frames))
         pooled_frames = num_frames - LOST_FRAMES
         if self.pool_extra_frame:
-            pooled_frames = (pooled_frames + 1).clamp(max=hidden.shape[1])
+            most = hidden.shape[1] if longest is None else longest - LOST_FRAMES
+            pooled_frames = torch.clamp(pooled_frames + 1, max=most)
         first = torch.relu(self.linear1(statistics_pooling(hidden, pooled_frames)))
         return XVectorOutputs(torch.relu(self.linear2(first)), nn.functional.normalize(first, dim=1))
 
