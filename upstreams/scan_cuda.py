@@ -221,7 +221,7 @@ def _carry(
     grid: tuple[int, int, int],
     split: Split,
 ) -> list[Tensor]:
-    """The state before every chunk of each scan, (B, chunks, E, N)."""
+    """The state before every chunk of each scan, (B, chunks, E, N): nothing follows the last one, which is not run."""
     device = scans[0].u.device
     batch, _, width = scans[0].u.shape
     shape = (batch, split.chunks, width, scans[0].b.shape[2])
@@ -229,7 +229,8 @@ def _carry(
     steps = [torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in scans]
     for place, each in enumerate(arguments):
         each.initial, each.last, each.steps = None, ends[place].data_ptr(), steps[place].data_ptr()
-    launch(SOURCE, "selective_scan_forward", macros, device, grid, split.threads, [arguments])
+    fewer = (grid[0], grid[1], grid[2] - len(scans))
+    launch(SOURCE, "selective_scan_forward", macros, device, fewer, split.threads, [arguments])
     befores = []
     for inputs, end, step in zip(scans, ends, steps, strict=True):
         before = torch.empty_like(end)

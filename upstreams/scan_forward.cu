@@ -406,7 +406,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) selective_scan_f
 #endif
 }
 
-// The state before each chunk, from every chunk's own last state (started at zero) and its sum of steps. One thread a state.
+// The state before each chunk, from every chunk's own last state (started at zero) and its sum of steps, those of the last chunk not read.
+// One thread a state.
 extern "C" __global__ void carry_states(const float* a, const float* initial, const float* last, const float* steps, float* before,
                                         int batch, int width, int chunks) {
   const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -418,6 +419,6 @@ extern "C" __global__ void carry_states(const float* a, const float* initial, co
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const long long at = row * chunks + chunk;
     before[at * per_row + inner] = h;
-    h = fmaf(exp2_fast(rate * steps[at * width + e]), h, last[at * per_row + inner]);
+    if (chunk + 1 < chunks) h = fmaf(exp2_fast(rate * steps[at * width + e]), h, last[at * per_row + inner]);
   }
 }

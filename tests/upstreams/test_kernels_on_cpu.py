@@ -172,6 +172,32 @@ def test_two_directions_share_a_launch(emulator: Emulator) -> None:
         assert selective_scan_both(forwards, second) is None, "unequal shapes, or both forwards"
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_pieces_of_time_go_on_from_each_other(emulator: Emulator, both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken from the end of the last piece, which is not run: memory that nobody wrote is NaN here."""
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    given = dict(zip(names, draw(torch.float32, 2, 6, 50, 5), strict=False))
+    options: dict[str, Any] = {"delta_softplus": True, "num_frames": torch.tensor([50, 23])}
+    expected = [
+        selective_scan(
+            **{name: value.double() for name, value in given.items()}, **options, reverse=reverse, backend="plain"
+        )
+        for reverse in (False, True)
+    ]
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: filled(empty(*a, **k)))
+    monkeypatch.setattr(scan_cuda, "choose_split", lambda *_: Split(1, 2, 4))
+    scans = [ScanInputs(**given, **options, reverse=reverse) for reverse in (False, True)]
+    found = selective_scan_both(*scans) if both else [selective_scan_cuda(each)[0] for each in scans]
+    assert found is not None and [entry for entry, _ in emulator.launched].count("carry_states") == 2
+    for y, (wanted, _) in zip(found, expected, strict=True):
+        assert relative(y, wanted) < 2e-6
+
+
+def filled(x: Tensor) -> Tensor:
+    return x.fill_(float("nan")) if x.is_floating_point() else x
+
+
 def test_the_fused_convolution_and_its_gradients(emulator: Emulator) -> None:
     x, weight, bias = torch.randn(2, 70, 20)[..., :10], torch.randn(10, 1, 4), torch.randn(10)
     for reverse in (False, True):
