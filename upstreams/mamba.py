@@ -77,16 +77,21 @@ def depthwise_conv_silu(
 
 
 def last_inputs(x: Tensor, tail: Tensor | None, num_frames: Tensor | None, count: int) -> Tensor:
-    """The last `count` valid inputs of each row, (B, count, E), reaching back into the tail before them (zeros by default)."""
+    """The last `count` valid inputs of each row, (B, count, E), reaching back into the tail before them (zeros by default).
+
+    >>> x, tail = torch.arange(1.0, 5.0)[None, :, None], torch.tensor([[[-2.0], [-1.0], [0.0]]])
+    >>> [last_inputs(x, tail, torch.tensor([count]), 3).flatten().tolist() for count in (2, 4)]
+    [[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]]
+    """
     if num_frames is None and x.shape[1] >= count:
         return x[:, x.shape[1] - count :].clone()
     if tail is None:
         tail = x.new_zeros(x.shape[0], count, x.shape[2])
     if num_frames is None:
         num_frames = torch.full((x.shape[0],), x.shape[1], device=x.device)
-    padded = torch.cat([tail, x], dim=1)
-    index = num_frames[:, None] + torch.arange(count, device=x.device)
-    return padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    index = num_frames[:, None] - count + torch.arange(count, device=x.device)  # (B, count), below zero in the tail
+    place = index[..., None].expand(-1, -1, x.shape[2])
+    return torch.where(place < 0, tail.gather(1, (place + count).clamp(max=count - 1)), x.gather(1, place.clamp(min=0)))
 
 
 def zero_padding(x: Tensor, num_frames: Tensor | None) -> Tensor:
@@ -133,7 +138,7 @@ class Mamba(nn.Module):
         Returns:
             (B, T, D).
         """
-        return self.run(x, num_frames)[0]
+        return self.out_proj(self._mix(x, num_frames, None)[0])  # type: ignore[no-any-return]
 
     def run(
         self, x: Tensor, num_frames: Tensor | None = None, initial: MixerState | None = None
@@ -147,8 +152,16 @@ class Mamba(nn.Module):
         """
         if self.reverse and initial is not None:
             raise ValueError("a reversed mixer cannot go on from a past state")
+        y, hidden, last = self._mix(x, num_frames, initial)
+        tail = None if initial is None else initial.conv
+        return self.out_proj(y), MixerState(
+            last_inputs(hidden, tail, num_frames, self.conv1d.weight.shape[-1] - 1), last
+        )
+
+    def _mix(self, x: Tensor, num_frames: Tensor | None, initial: MixerState | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the output is projected from (B, T, E), the convolution's inputs (B, T, E), the scan's last state."""
         hidden, gate = self.in_proj(zero_padding(x, num_frames)).chunk(2, dim=-1)
-        y, state = selective_mix(
+        y, last = selective_mix(
             hidden,
             gate,
             self.conv1d,
@@ -160,7 +173,7 @@ class Mamba(nn.Module):
             num_frames=num_frames,
             initial=initial,
         )
-        return self.out_proj(y), state
+        return y, hidden, last
 
 
 def at_least_float(x: Tensor) -> Tensor:
@@ -185,7 +198,7 @@ def selective_mix(
     reverse: bool,
     num_frames: Tensor | None,
     initial: MixerState | None = None,
-) -> tuple[Tensor, MixerState]:
+) -> tuple[Tensor, Tensor]:
     """The part of a Mamba-1 mixer between its projections: convolution, SiLU, selective scan, gate.
 
     Args:
@@ -201,12 +214,11 @@ def selective_mix(
         initial: state before the first frame.
 
     Returns:
-        (B, T, E), and the state after the last frame.
+        (B, T, E), and the scan's state after the last frame.
     """
     arguments = scan_arguments(hidden, gate, conv1d, x_proj, dt_proj, a_log, d, reverse, num_frames, initial)
     y, last = selective_scan(**arguments)
-    tail = None if initial is None else initial.conv
-    return y.transpose(1, 2), MixerState(last_inputs(hidden, tail, num_frames, conv1d.weight.shape[-1] - 1), last)
+    return y.transpose(1, 2), last
 
 
 def scan_arguments(
