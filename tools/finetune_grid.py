@@ -86,7 +86,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     unknown = sorted(set(args.cell or ()) - set(CELLS[args.plan]))
     if unknown:
-        parser.error(f"--cell {' '.join(unknown)}: not in {args.plan}, which has {', '.join(CELLS[args.plan])}")
+        parser.error(f"--cell {'; '.join(unknown)}: not in {args.plan}, which has {'; '.join(CELLS[args.plan])}")
     if args.random and args.checkpoint:
         parser.error("--random and --checkpoint: one of them")
     if args.size and not args.random:
