@@ -159,7 +159,9 @@ def fold_group_norm(wavs: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm, num_frame
     exact = windows.double().masked_fill(~valid, 0.0)
     mean = exact.sum(1) / counts  # (B, K)
     exact = (exact - mean[:, None]).masked_fill(~valid, 0.0)
-    pieces = exact.unflatten(1, (blocks, _FOLD_FRAMES))  # many small products keep a GPU busy, one long one does not
+    pieces = exact.view(
+        len(exact), blocks, _FOLD_FRAMES, kernel
+    )  # many small products keep a GPU busy, one long one does not
     covariance = (pieces.transpose(2, 3) @ pieces).sum(1) / counts[..., None]  # (B, K, K)
     taps = conv.weight[:, 0].double()
     variance = torch.einsum("ck,bkl,cl->bc", taps, covariance, taps)
