@@ -34,6 +34,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("dtw")
     module.dtw = warp  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "dtw", module)
+    monkeypatch.setattr(bench_dtw, "version", lambda name: f"0 of {name}")
 
 
 @pytest.mark.usefixtures("peer")
@@ -41,6 +42,7 @@ def test_both_sides_are_timed_and_their_scores_compared(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run(capsys)
+    assert result["peer"] == "dtw-python 0 of dtw-python"
     assert result["pairs"] == 8 and result["largest_difference"] < 1e-6
     ratio = result["peer_seconds_a_pair"]["search"] / result["seconds_a_pair"]["search"]
     assert result["ratio"]["search"] == pytest.approx(ratio)
