@@ -17,7 +17,7 @@ import pandas as pd
 
 from superb_probe.errors import RequestError
 from superb_probe.results.analysis_record import AnalysisRecord, as_table
-from superb_probe.results.figures import _look, _new, _save, _style
+from superb_probe.results.figures import _legend_columns, _look, _new, _save, _style
 from superb_probe.results.record import RunRecord
 
 FIGURES = ("units", "robustness", "cca", "disentangle", "page")
@@ -231,7 +231,7 @@ def _figure(
     lines = math.ceil(len(panels) / columns)
     note = _note(kind, records)
     wide = (6.4 if kind == "robustness" else 3.5) * columns
-    figure = _new(wide, 2.75 * lines + 0.25 * math.ceil(len(names) / 3) + 0.9)
+    figure = _new(wide, 2.75 * lines + 0.25 * math.ceil(len(names) / _legend_columns(names, wide, 4)) + 0.9)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, panel in zip(grid, panels, strict=False):
         (_draw_changes if kind == "robustness" else _draw_layers)(axes, panel, looks)
@@ -245,7 +245,7 @@ def _figure(
         list(handles.values()),
         list(handles),
         loc="outside upper center",
-        ncols=min(4, len(handles)),
+        ncols=_legend_columns(handles, wide, 4),
         frameon=False,
         fontsize=8,
     )

@@ -131,10 +131,10 @@ def _look(number: int) -> dict[str, Any]:
     }
 
 
-def _legend_columns(names: Iterable[str], width: float) -> int:
-    """As many columns of a legend, three at most, as fit across a figure of `width` inches; letters are some 0.075 inches wide."""
+def _legend_columns(names: Iterable[str], width: float, most: int = 3) -> int:
+    """As many columns of a legend, `most` at most, as fit across a figure of `width` inches; letters are some 0.075 inches wide."""
     widest = max(map(len, names), default=1)
-    return max(1, min(3, int(width / (0.5 + 0.075 * widest))))
+    return max(1, min(most, int(width / (0.5 + 0.075 * widest))))
 
 
 def _legend(figure: Any, handles: Mapping[str, Any]) -> None:

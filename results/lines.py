@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from superb_probe.results.figures import _look, _new, _save, _style
+from superb_probe.results.figures import _legend_columns, _look, _new, _save, _style
 
 Line = tuple[Sequence[float], Sequence[float]]
 
@@ -48,7 +49,9 @@ def draw_panels(panels: Sequence[Panel], numbers: pd.DataFrame, out: Path | str,
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     with _style():
-        figure = _new(3.6 * len(panels) + 0.4, 3.2)
+        width = 3.6 * len(panels) + 0.4
+        columns = _legend_columns(names, width, 4)
+        figure = _new(width, 3.2 + 0.18 * (math.ceil(len(names) / columns) - 1))
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), number + 1)
             for name, (x, y) in panel.lines.items():
@@ -67,9 +70,7 @@ def draw_panels(panels: Sequence[Panel], numbers: pd.DataFrame, out: Path | str,
         if len(names) > 1:
             found = [axes.get_legend_handles_labels() for axes in figure.axes]
             handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-            figure.legend(
-                handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(names)), fontsize=8
-            )
+            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
         if title:
             figure.suptitle(title)
         return _save(figure, numbers, Path(out).with_suffix(""))

@@ -139,6 +139,31 @@ def test_figures_come_from_records_alone(tmp_path: Path) -> None:
     assert "Figures 2 and 6" in (tmp_path / "units.svg").read_text().replace("\n", " ")
 
 
+@pytest.mark.parametrize("targets", [("phones",), ("phones", "speaker", "emotion")])
+def test_no_name_is_cut_off_where_panels_are_few(
+    targets: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With four columns of names, a figure of one panel's width showed half of them."""
+    rows = tuple(
+        Measurement("cca", layer, "cross-fitted", 0.3, (0.2, 0.4), 1, {"target": target, "flavour": "plain"})
+        for layer in range(3)
+        for target in targets
+    )
+    records = [
+        dataclasses.replace(made_up(name, identity=f"{number:012d}"), analysis="cca", measurements=rows)
+        for number, name in enumerate(("transformer_hubert_causal_mask", "mamba_mlp_hubert_causal", "fbank", "a", "b"))
+    ]
+    figures: list[Any] = []
+    real = analysis_figures._save
+    monkeypatch.setattr(
+        analysis_figures, "_save", lambda figure, *rest: (figures.append(figure), real(figure, *rest))[1]
+    )
+    draw_analysis(records, "cca", tmp_path / "c.png")
+    (figure,) = figures
+    names, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= names.x0 and names.x1 <= whole.x1 and names.y1 <= whole.y1
+
+
 def test_trained_encoders_are_not_called_random(tmp_path: Path) -> None:
     files = draw_analysis([made_up(revision="sha256:0")], "units", tmp_path / "u.png")
     assert "RANDOM" not in files[1].read_text() and "(random)" not in files[1].read_text()
