@@ -26,7 +26,7 @@ from superb_probe.errors import CheckError, all_at_once
 from superb_probe.probes.store_codec import finite_bounds, is_finite, pack
 from superb_probe.probes.store_decode import Decoders, possible, shared_decoders
 from superb_probe.probes.store_keeping import Keeping
-from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo, frame_mask
+from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo, frame_mask, to_device
 
 IN_FLIGHT = 2  # encoded batches that wait to be checked; twice as many where they are copied out of pinned memory
 CHUNK_S = 10.0  # seconds of audio that are decoded in one go: some milliseconds
@@ -252,7 +252,7 @@ class Extractor:
             padded[row, : wave.numel()] = wave
             padded[row, wave.numel() :] = 0
         with torch.cuda.stream(self._feeds):
-            given = [_to_device(each, self.device) for each in (padded, torch.tensor([samples, loaded.frames]))]
+            given = [to_device(each, self.device) for each in (padded, torch.tensor([samples, loaded.frames]))]
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(self._feeds)
         lengths, counts = given[1].unbind()
@@ -403,11 +403,6 @@ class _Arrival:
         if self._event is not None:
             self._event.synchronize()
         return self._flags.tolist(), self._frames.tolist()
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on a device; a GPU is not waited for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

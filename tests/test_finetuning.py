@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +162,9 @@ def test_other_encoders_and_characters_are_refused(
         recogniser_of_folder(tmp_path)
 
 
-def test_the_grid_of_comparisons_asks_for_equal_budgets(tmp_path: Path) -> None:
+def test_the_grid_of_comparisons_asks_for_equal_budgets(load_tool: Callable[[str], Any], tmp_path: Path) -> None:
     """Cells differ in what they compare and in nothing else; an update of documents holds as much audio as one of utterances."""
-    place = Path(__file__).resolve().parents[1] / "tools" / "finetune_grid.py"
-    if not place.is_file():
-        pytest.skip("not a checkout")
-    spec = importlib.util.spec_from_file_location("finetune_grid", place)
-    assert spec is not None and spec.loader is not None
-    grid = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(grid)
+    grid = load_tool("finetune_grid")
     manifests = grid.mini_manifests()
     assert {row.labels["speaker"] for row in manifests["train"]}.isdisjoint(manifests["test"].labels("speaker"))
     args = argparse.Namespace(

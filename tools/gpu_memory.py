@@ -28,6 +28,8 @@ from superb_probe.downstreams.load import load_task
 from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.downstreams.support import own_corpus
 from superb_probe.engine_record import peak_memory_bytes
+from superb_probe.errors import RequestError
+from superb_probe.upstreams.load import find_device
 
 # LibriSpeech's longest is 35 s, ER's 34 s, SD is cut at 40 s; training crops of SID and ASV are 8 s, their test utterances longer.
 SECONDS = {
@@ -88,7 +90,10 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=64, help="utterances of a split, but for qbe (default: 64)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the records")
     args = parser.parse_args()
-    gpu = args.device.startswith("cuda")
+    try:
+        gpu = find_device(args.device).type == "cuda"
+    except RequestError as error:
+        parser.error(str(error))
     if gpu:
         torch.cuda.set_per_process_memory_fraction(args.gigabytes * 1e9 / torch.cuda.mem_get_info()[1])
     _FOLDER.mkdir(exist_ok=True)

@@ -29,6 +29,7 @@ from superb_probe.downstreams.manifest import Manifest
 from superb_probe.downstreams.mini import mini_root, read_splits
 from superb_probe.downstreams.sid import INFO, SpeakerIdentification
 from superb_probe.downstreams.support import own_corpus
+from superb_probe.errors import RequestError
 from superb_probe.probes.statistics import t_interval
 from superb_probe.upstreams.base import LayerStates, Upstream
 from superb_probe.upstreams.load import load_upstream
@@ -113,7 +114,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--crops", nargs="+", type=int, default=[2, 8])
     args = parser.parse_args()
-    encoder = load_upstream(args.upstream, size=args.size, random=args.random, device=args.device)
+    try:
+        encoder = load_upstream(args.upstream, size=args.size, random=args.random, device=args.device)
+    except RequestError as error:
+        parser.error(str(error))
     print("| states | mean score | deviation over seeds | mean difference | its 95 % interval |\n|---|---|---|---|---|")
     if args.what == "dtypes":
         upstream = Computed(encoder, load_task(args.task))

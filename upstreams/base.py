@@ -147,14 +147,18 @@ def normalize_waveforms(wavs: Tensor, num_samples: Tensor) -> Tensor:
     return centred * torch.rsqrt(variance + 1e-5)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on a device; a GPU is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def counts_on(device: torch.device, counts: Sequence[int]) -> Tensor:
-    """(B,) counts on a device; the host does not wait for a GPU to take them.
+    """(B,) counts on a device, as `to_device` brings them.
 
     >>> counts_on(torch.device("cpu"), [3, 2])
     tensor([3, 2])
     """
-    made = torch.tensor(counts)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+    return to_device(torch.tensor(counts), device)
 
 
 def frame_mask(num_frames: Tensor, max_frames: int) -> Tensor:
