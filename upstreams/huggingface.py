@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from superb_probe.errors import CheckError, RequestError
+from superb_probe.upstreams.attention import kernels_for
 from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo, frame_mask
 from superb_probe.upstreams.huggingface_features import HOP_OF_FRAMES, BertEncoder, WhisperEncoder
 from superb_probe.upstreams.torchaudio_stub import install_torchaudio_stub
@@ -89,9 +90,8 @@ class TransformersEncoder(Upstream):
         # Samples past a row's end are dropped with the columns nobody needs, so that more zeros cannot change a kernel's choice.
         width = int(num_samples[index].max())
         mask = frame_mask(num_samples[index], width).long() if self.masked else None
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # transformers 4 draws a number a layer for layer drop, even in eval mode
+        # transformers 4 draws a number a layer for layer drop, even in eval mode.
+        with torch.random.fork_rng(devices=[]), kernels_for(len(index), self.num_frames(width)):
             hidden = self.model(wavs[index, :width], attention_mask=mask, output_hidden_states=True).hidden_states
         frames = self.num_frames(width)
         got = torch.stack(list(hidden))

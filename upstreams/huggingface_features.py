@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from superb_probe.errors import CheckError
+from superb_probe.upstreams.attention import kernels_for
 from superb_probe.upstreams.base import LayerStates, Upstream, UpstreamInfo
 from superb_probe.upstreams.fbank import HOP_SAMPLES, WINDOW_SAMPLES, log_mel_energies, mel_filters
 
@@ -123,7 +124,8 @@ def _empty_states(upstream: Upstream, wavs: Tensor, counts: Tensor) -> Tensor:
 
 def _hidden_states(upstream: Upstream, model: Any, features: Tensor, frames: int) -> Tensor:
     """(L, B, T, D) of features."""
-    with torch.random.fork_rng(devices=[]):  # layer drop may draw a number even in eval mode
+    # Layer drop may draw a number even in eval mode.
+    with torch.random.fork_rng(devices=[]), kernels_for(len(features), frames):
         got = torch.stack(list(model(features, output_hidden_states=True).hidden_states))
     expected = (upstream.info.num_layers, len(features), frames, upstream.info.dim)
     if got.shape != expected:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from superb_probe.errors import RequestError
+from superb_probe.upstreams.attention import fused_attention
 from superb_probe.upstreams.base import Upstream, UpstreamInfo
 from superb_probe.upstreams.convolutions import ConvLayer, PositionalConv, conv_frames
 from superb_probe.upstreams.mamba import Mamba, Mamba2, MixerState
@@ -302,7 +303,7 @@ def attend(
     mask = position <= current
     if window_frames is not None:
         mask &= position > current - window_frames
-    mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    mixed = fused_attention(query, keys, values, mask)
     kept = 0 if window_frames is None else max(0, length - window_frames + 1)
     out = attention.out_proj(mixed.transpose(1, 2).reshape(batch, frames, dim))
     # A copy where frames are dropped: a view would hold all of them.

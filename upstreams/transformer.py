@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from superb_probe.upstreams.attention import fused_attention
 from superb_probe.upstreams.base import frame_mask
 from superb_probe.upstreams.linear import Linear
 
@@ -49,7 +50,7 @@ class SelfAttention(nn.Module):
         if attended is not None:
             mask = attended
         causal = self.causal and attended is None
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        mixed = fused_attention(query, key, value, mask, causal=causal)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, frames, dim))  # type: ignore[no-any-return]
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:

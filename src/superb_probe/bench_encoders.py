@@ -13,12 +13,14 @@ from torch import Tensor
 from superb_probe.bench_machine import describe_machine
 from superb_probe.bench_race import cost, machine_peaks, race
 from superb_probe.engine_ask import choose_device
+from superb_probe.upstreams.attention import repeated_shapes
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.hubert_upstream import HubertUpstream
 from superb_probe.upstreams.load import DTYPES, load_upstream
 from superb_probe.upstreams.macs import hubert_macs
 
 PEER = "transformers HubertModel"
+PLANNED = ", shape planned for"  # attention by kernels that make a plan for every new shape, as if shapes came again
 GROWTH_S = {"cuda": (5.0, 20.0, 80.0, 320.0, 1200.0), "cpu": (5.0, 20.0, 80.0)}
 
 
@@ -73,6 +75,14 @@ def _encoders(
         encoders[name] = upstream
         config = upstream.encoder.config if isinstance(upstream, HubertUpstream) else None
         operations[name] = functools.partial(_operations, config)
+        if (
+            device.type == "cuda"
+            and args.dtype != "float32"
+            and config is not None
+            and config.layer_type == "transformer"
+        ):
+            encoders[name + PLANNED] = repeated_shapes()(upstream)
+            operations[name + PLANNED] = operations[name]
     if args.peer:
         from superb_probe.upstreams.sizes import size_config
 

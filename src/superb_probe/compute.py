@@ -21,6 +21,7 @@ from superb_probe.errors import RequestError
 from superb_probe.official_forward import official_forward
 from superb_probe.probes.finetune_model import Regularisation, encode
 from superb_probe.streaming import resident_bytes
+from superb_probe.upstreams.attention import repeated_shapes
 from superb_probe.upstreams.config import HubertConfig
 from superb_probe.upstreams.convolutions import conv_frames
 from superb_probe.upstreams.hubert_upstream import HubertUpstream
@@ -231,7 +232,8 @@ def _run_series(
             continue
         wavs = 0.1 * torch.randn(1, round(point.audio_s * SAMPLE_RATE_HZ), generator=torch.Generator().manual_seed(0))
         try:
-            step_s, peak = _timed(run, wavs.to(device), device, repeats, point_limit_s)
+            with repeated_shapes():  # as training on crops of one length has them
+                step_s, peak = _timed(run, wavs.to(device), device, repeats, point_limit_s)
         except (torch.OutOfMemoryError, MemoryError):
             previous = replace(point, status="out of memory")
         except RuntimeError as error:
