@@ -226,8 +226,7 @@ class Finetuning:
 
     @torch.no_grad()
     def _push(self) -> None:
-        for name, parameter in self.model.encoder.named_parameters():
-            parameter.copy_(self._masters[name])
+        torch._foreach_copy_(list(self.model.encoder.parameters()), list(self._masters.values()))
 
     def encoder_weights(self) -> dict[str, Tensor]:
         """The encoder's state dict in float32."""

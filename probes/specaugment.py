@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+DIM_MASK_WIDTH = 50  # s3prl's, of states of 768
 CUBIC = -0.75  # the parameter of the cubic kernel that image libraries and `F.interpolate` use
 
 
@@ -24,7 +25,7 @@ class SpecAugment(nn.Module):
         *,
         warp_frames: int = 5,
         dim_masks: int = 4,
-        dim_mask_width: int = 50,
+        dim_mask_width: int = DIM_MASK_WIDTH,
         time_masks: int = 2,
         time_mask_frames: int = 40,
     ) -> None:

@@ -77,6 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--document-column", help="default: mini's speakers, else document or LibriSpeech's chapters")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--part-seconds", type=float, default=200.0, help="most audio at once (default: 200)")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--frozen-share", type=float, help="default: 0.1, and 0 with --random")
     parser.add_argument("--head-width", type=int, default=256)
@@ -139,7 +140,7 @@ def request(
         documents = max(1, round(batch / a_document))
         batch = documents if context == "document" else round(documents * a_document)
     recipe = FinetuneRecipe(
-        steps=args.steps, lr=args.lr, batch=batch, frozen_share=frozen, precision=args.precision, seed=seed,
+        steps=args.steps, lr=args.lr, batch=batch, part_s=args.part_seconds, frozen_share=frozen, precision=args.precision, seed=seed,
         evaluate_every=max(1, args.steps // 10),
     )  # fmt: skip
     return FinetuneRequest(

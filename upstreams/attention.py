@@ -1,8 +1,8 @@
 """Attention by torch's kernels, without those that make a plan for every new shape where the plan costs more than it saves.
 
 On a GPU and in 16 bits torch prefers cuDNN's attention, which spends about 75 ms on a plan for every shape that it has not met (150 ms
-with gradients; H100, torch 2.11): as much as encoding ten minutes of speech. Batches of a corpus are each of a shape of their own. Flash
-attention makes no plan and takes a third more time, which is less for anything shorter than a quarter of an hour.
+with gradients; H100, torch 2.11): as much as encoding half an hour of speech. Batches of a corpus all differ in shape. Flash
+attention makes no plan and takes a third more time, which is less than that for anything shorter than a quarter of an hour.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Elementwise stages of the encoders on an NVIDIA GPU, each in one pass over memory.
 
-Kernels in `front_end.cu` (no gradients) and `depthwise.cu` (with gradients).
+Kernels in `front_end.cu` and `residual.cu` (no gradients) and `depthwise.cu` (with gradients).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from superb_probe.upstreams.cuda_kernels import KINDS, Value, in_pairs, launch
 
 SOURCE = "front_end.cu"
 DEPTHWISE_SOURCE = "depthwise.cu"
+NORM_SOURCE = "residual.cu"
 WALK_FRAMES = 64  # of a block of `waveform_conv_gelu`, as its source says
 NORM_BLOCK_FRAMES = 64  # of a block of `waveform_conv_norm_gelu`
+SUM_NORM_WARPS = 4  # of a block of `sum_layer_norm`
 DEPTHWISE_FRAMES = 64  # of a thread of `depthwise_conv_silu`
 
 
@@ -79,6 +81,35 @@ def waveform_conv_norm_gelu(wavs: Tensor, conv: nn.Conv1d, norm: nn.LayerNorm, d
     grid = (-(-frames // NORM_BLOCK_FRAMES), wavs.shape[0], 1)
     launch(SOURCE, "waveform_conv_norm_gelu", macros, wavs.device, grid, 128, arguments)
     return y
+
+
+def can_sum_norm(x: Tensor, norm: nn.LayerNorm) -> bool:
+    """Whether `sum_layer_norm` takes a norm and what it is of."""
+    width = x.shape[-1]
+    affine = norm.bias is not None and norm.weight is not None and norm.weight.dtype == norm.bias.dtype == x.dtype
+    return affine and norm.normalized_shape == (width,) and width % 64 == 0 and width <= 2048 and x.numel() > 0
+
+
+def sum_layer_norm(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm(x + y), the sum in fp32.
+
+    Args:
+        x: (..., D), D a multiple of 64.
+        y: of x's shape and type.
+        norm: over D, its weights of x's type.
+
+    Returns:
+        (..., D).
+    """
+    x, y = x.contiguous(), y.contiguous()
+    out = torch.empty_like(x)
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    macros = {"KIND": KINDS[x.dtype], "CHANNELS": width, "WARPS": SUM_NORM_WARPS}
+    arguments: list[Value] = [*map(_address, (x, y, norm.weight, norm.bias, out)), ctypes.c_longlong(rows)]
+    arguments.append(ctypes.c_float(norm.eps))
+    grid = (-(-rows // SUM_NORM_WARPS), 1, 1)
+    launch(NORM_SOURCE, "sum_layer_norm", macros, x.device, grid, SUM_NORM_WARPS * 32, arguments)
+    return out
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, reverse: bool) -> Tensor:

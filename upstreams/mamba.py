@@ -17,6 +17,7 @@ from superb_probe.upstreams import fused_cpu, fused_cuda
 from superb_probe.upstreams.base import frame_mask
 from superb_probe.upstreams.cuda_kernels import can_run
 from superb_probe.upstreams.linear import Linear, linear
+from superb_probe.upstreams.norms import sum_norm
 from superb_probe.upstreams.scan import selective_scan
 from superb_probe.upstreams.scan_cuda import selective_scan_both
 from superb_probe.upstreams.scan_inputs import ScanInputs
@@ -480,8 +481,8 @@ class MambaLayer(nn.Module):
         if self.norm_first:
             x = x + self.mix(norm(x), padded_frames)
             return x + self.feed_forward(self.final_layer_norm(x)) if self.has_ffn else x
-        x = norm(x + self.mix(x, padded_frames))
-        return self.final_layer_norm(x + self.feed_forward(x)) if self.has_ffn else x
+        x = sum_norm(x, self.mix(x, padded_frames), norm)
+        return sum_norm(x, self.feed_forward(x), self.final_layer_norm) if self.has_ffn else x
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """fc2(GELU(fc1 x))."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from superb_probe.upstreams.attention import fused_attention
 from superb_probe.upstreams.base import frame_mask
 from superb_probe.upstreams.linear import Linear
+from superb_probe.upstreams.norms import sum_norm
 
 
 class SelfAttention(nn.Module):
@@ -95,8 +96,8 @@ class TransformerLayer(nn.Module):
         if self.norm_first:
             x = x + self.self_attn(self.self_attn_layer_norm(x), num_frames, attended)
             return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x, num_frames, attended))
-        return self.final_layer_norm(x + self.feed_forward(x))  # type: ignore[no-any-return]
+        x = sum_norm(x, self.self_attn(x, num_frames, attended), self.self_attn_layer_norm)
+        return sum_norm(x, self.feed_forward(x), self.final_layer_norm)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """fc2(GELU(fc1 x))."""

@@ -245,7 +245,8 @@ def sweep_ratios(result: Mapping[str, Any], corpus: BenchCorpus) -> dict[str, An
         fewer = result.get("fewer_updates", {"updates": 0, "fit_s": 0.0})
         update_s = (summed["fit_s"] - fewer["fit_s"]) / (result["updates"] - fewer["updates"])
         once_s = max(0.0, summed["fit_s"] - result["updates"] * update_s)
-        fit_s = once_s + update_s * result["superb_updates"]
+        updates = result["superb_updates"] * int(sizes.get("folds", 1))
+        fit_s = once_s + update_s * updates
         sweep_s = extract_s + fit_s + other_s
         found["at_superb_sizes"] = {
             "encoder_pass_s": pass_s,
@@ -254,7 +255,7 @@ def sweep_ratios(result: Mapping[str, Any], corpus: BenchCorpus) -> dict[str, An
             "arithmetic": (
                 f"one pass: {audio_s / 3600:.3g} h at {one_pass['audio_s_per_s']:.4g} s a second = {pass_s:.4g} s; sweep: the same "
                 f"audio decoded, encoded, written at {corpus.audio_s / summed['extract_s']:.4g} s a second = {extract_s:.4g} s + "
-                f"{result['superb_updates']} updates x {update_s:.4g} s + {once_s:.3g} s once = {fit_s:.4g} s + {other_s:.3g} s"
+                f"{updates} updates x {update_s:.4g} s + {once_s:.3g} s once = {fit_s:.4g} s + {other_s:.3g} s"
             ),
         }
     return found

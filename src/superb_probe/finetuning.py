@@ -26,7 +26,7 @@ from superb_probe.probes.finetune_data import LONGEST_S, Passage, passages, too_
 from superb_probe.probes.finetune_heads import make_head
 from superb_probe.probes.finetune_model import FinetuneModel, Regularisation
 from superb_probe.probes.metrics import edit_distance
-from superb_probe.probes.specaugment import SpecAugment
+from superb_probe.probes.specaugment import DIM_MASK_WIDTH, SpecAugment
 from superb_probe.probes.statistics import bootstrap
 from superb_probe.streaming import Recogniser
 from superb_probe.upstreams.base import Upstream
@@ -34,6 +34,7 @@ from superb_probe.upstreams.checkpoints import write_checkpoint
 from superb_probe.upstreams.hubert_upstream import HubertUpstream
 from superb_probe.upstreams.load import load_upstream
 
+PUBLISHED_DIM = 768  # of the encoders that SpecAugment is meant for
 FORMAT = "superb-probe/finetuned/1"
 DESCRIPTION, ENCODER, HEAD, LOG = "finetuned.json", "encoder.safetensors", "head.safetensors", "log.csv"
 END = "</s>"
@@ -170,7 +171,10 @@ def _model(request: FinetuneRequest) -> tuple[HubertUpstream, FinetuneModel, tup
     head = make_head(
         choice.name, upstream.info.dim, tokens, width=choice.width, num_layers=choice.num_layers, drop=(END,)
     )
-    masks = SpecAugment(torch.Generator().manual_seed(request.recipe.seed)) if request.augment else None
+    masks = None
+    if request.augment:  # in a narrow encoder the published widths would cover most of the states
+        generator, share = torch.Generator().manual_seed(request.recipe.seed), upstream.info.dim / PUBLISHED_DIM
+        masks = SpecAugment(generator, dim_mask_width=max(1, round(share * DIM_MASK_WIDTH)))
     return upstream, FinetuneModel(upstream.encoder, head, request.how, masks), tokens
 
 

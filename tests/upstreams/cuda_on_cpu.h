@@ -28,6 +28,7 @@ template <class To, class From> To same_bits(From from) { To to; memcpy(&to, &fr
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -8,6 +8,7 @@ import torch
 from superb_probe.engine_record import exact_arithmetic
 from superb_probe.upstreams.base import counts_on
 from superb_probe.upstreams.load import load_upstream
+from superb_probe.upstreams.norms import sum_norm
 from superb_probe.upstreams.transformer import SelfAttention
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -55,3 +56,19 @@ def test_states_are_those_of_the_cpu_for_full_and_padded_rows(name: str) -> None
 def test_counts_arrive_whole() -> None:
     for _ in range(200):  # pinned memory is used again only when it has been read
         assert counts_on(DEVICE, [5, 7, 11]).tolist() == [5, 7, 11]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("width", [192, 768])
+def test_the_norm_of_a_sum(dtype: torch.dtype, bound: float, width: int) -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(width).to(DEVICE, dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, y = torch.randn(2, 3, 37, width, device=DEVICE).add(1.0).to(dtype).unbind()
+    wide = torch.nn.LayerNorm(width).to(DEVICE, torch.float64)
+    wide.load_state_dict(norm.state_dict())
+    with torch.no_grad():
+        found = sum_norm(x, y, norm)
+        assert distance(found.double(), wide(x.double() + y.double())) < bound
+    assert torch.equal(norm(x + y).detach(), sum_norm(x, y, norm).detach()), "with gradients it is torch's"

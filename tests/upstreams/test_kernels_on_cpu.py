@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from superb_probe.upstreams import cpu_kernels, cuda_kernels, fused_cuda, mamba, scan_cuda
+from superb_probe.upstreams import cpu_kernels, cuda_kernels, fused_cuda, mamba, norms, scan_cuda
 from superb_probe.upstreams.scan import selective_scan
 from superb_probe.upstreams.scan_cuda import selective_scan_both, selective_scan_cuda
 from superb_probe.upstreams.scan_inputs import ScanInputs
@@ -52,7 +52,7 @@ class Emulator:
     ) -> None:
         self.launched.append((entry, macros.get("BOTH", 0)))
         text = (cuda_kernels.SOURCES / name).read_text(encoding="utf-8")
-        if self.mutation[0] and name == scan_cuda.GRADIENT_SOURCE:
+        if self.mutation[0] and name in (scan_cuda.GRADIENT_SOURCE, fused_cuda.NORM_SOURCE):
             assert self.mutation[0] in text
             text = text.replace(*self.mutation)
         text = (cuda_kernels.SOURCES / cuda_kernels.COMMON).read_text(encoding="utf-8") + text
@@ -154,6 +154,35 @@ def test_a_wrong_gradient_is_found(emulator: Emulator) -> None:
     expected = gradients(values, reverse=reverse)
     found = gradients(values, (split, layout), reverse=reverse)
     assert not all(relative(one, other) < 1e-5 for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_sum_and_its_norm(
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    bound: float,
+    right: bool,
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(norms, "can_run", lambda device, dtype: True)
+    if not right:
+        emulator.mutation = ("value[j][0] -= mean;", "value[j][0] -= 0.9f * mean;")
+    norm = torch.nn.LayerNorm(192).to(dtype)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+        x, y = torch.randn(2, 2, 7, 192).add(1.0).to(dtype).transpose(1, 2).unbind()  # not in the order of memory
+        found = norms.sum_norm(x, y, norm)
+        expected = F.layer_norm(x.double() + y.double(), (192,), norm.weight.double(), norm.bias.double(), norm.eps)
+    assert emulator.launched == [("sum_layer_norm", 0)]
+    assert (relative(found, expected) < bound) == right
+    with torch.enable_grad():
+        norms.sum_norm(x, y, norm)
+    with torch.no_grad():
+        norms.sum_norm(x[..., :100], y[..., :100], torch.nn.LayerNorm(100).to(dtype))
+    assert len(emulator.launched) == 1, "with gradients, and for other widths, torch's own"
 
 
 def test_two_directions_share_a_launch(emulator: Emulator) -> None:
