@@ -170,6 +170,7 @@ def test_the_grid_of_comparisons_asks_for_equal_budgets(load_tool: Callable[[str
     args = argparse.Namespace(
         plan="length", document_column=None, manifest=None, batch=16, steps=100, lr=1e-3, precision="float32", size="test",
         head_width=8, frozen_share=None, device="cpu", random=False, part_seconds=200.0,
+        head=None, augment=True,
     )  # fmt: skip
     asked = {
         name: grid.request(args, cell, manifests, None, 1, tmp_path) for name, cell in grid.CELLS["length"].items()

@@ -80,7 +80,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part-seconds", type=float, default=200.0, help="most audio at once (default: 200)")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--frozen-share", type=float, help="default: 0.1, and 0 with --random")
+    parser.add_argument("--head", help="instead of the plan's (lstm; conv): linear learns in the fewest updates")
     parser.add_argument("--head-width", type=int, default=256)
+    parser.add_argument("--no-specaugment", dest="augment", action="store_false", help="for runs too short to overfit")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--device", default="cpu")
@@ -151,7 +153,8 @@ def request(
         size=args.size if args.random else None,
         random=seed if args.random else None,
         upstream_options={} if checkpoint else cell.get("upstream_options", {}),
-        head=HeadChoice(cell["head"], args.head_width),
+        head=HeadChoice(args.head or cell["head"], args.head_width),
+        augment=args.augment,
         recipe=recipe,
         how=Regularisation(),
         context=context,
