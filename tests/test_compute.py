@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +166,19 @@ def test_the_table_says_what_lies_beyond_the_measured() -> None:
         for length in (5.0, 50.0, 500.0)
     ]
     assert "~750" in "\n".join(describe(series))
+
+
+def test_what_is_compiled_first_is_no_part_of_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first pass that takes long, as one that compiles does, neither counts nor ends the series."""
+    passes = []
+
+    def run(wavs: torch.Tensor) -> None:
+        passes.append(wavs.shape[1])
+        if len(passes) == 1:
+            time.sleep(0.6)
+
+    config = size_config("mamba_hubert_causal", "test")
+    series = compute._series("mamba_hubert_causal", config, "best", "forward", "float32", [0.5, 1.0])
+    points = list(compute._run_series(series, run, CPU, 1, math.inf, 0.5))
+    assert [point.status for point in points] == ["done", "done"] and passes == [8000] * 3 + [16000] * 2
+    assert max(point.step_s or 1.0 for point in points) < 0.3

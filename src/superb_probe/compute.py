@@ -233,6 +233,8 @@ def _run_series(
         wavs = 0.1 * torch.randn(1, round(point.audio_s * SAMPLE_RATE_HZ), generator=torch.Generator().manual_seed(0))
         try:
             with repeated_shapes():  # as training on crops of one length has them
+                if previous is None:  # kernels are compiled once a series, which is no part of its first point
+                    run(wavs.to(device))
                 step_s, peak = _timed(run, wavs.to(device), device, repeats, point_limit_s)
         except (torch.OutOfMemoryError, MemoryError):
             previous = replace(point, status="out of memory")
