@@ -166,51 +166,57 @@ def request(
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print a row a cell, and write OUT.csv and learning curves beside the runs."""
-    rows, curves = [], {}
+    """Print a row a cell and the differences of the families, and write OUT.csv and learning curves beside the runs."""
+    rows: list[dict[str, Any]] = []
+    scores: dict[tuple[str, str], list[float]] = {}
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {"dev_wer": {}, "loss": {}}
     for name in CELLS[args.plan]:
         folders = [args.out / f"{name.replace(', ', '-')}-{seed}" for seed in args.seed]
         found = [
             json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) for folder in folders if finished(folder)
         ]
         for place in range(len(found[0]["test"]) if found else 0):
-            scores = [each["test"][place]["wer"] for each in found]
-            low, high = t_interval(scores) if len(scores) > 1 else (float("nan"), float("nan"))
-            mean = sum(scores) / len(scores)
-            rows.append(
-                {
-                    "cell": name,
-                    "test by": found[0]["test"][place]["context"],
-                    "seeds": len(scores),
-                    "wer": mean,
-                    "low": low,
-                    "high": high,
-                    "each": " ".join(f"{score:.2f}" for score in scores),
-                    "minutes": sum(each["seconds"] for each in found) / 60 / len(found),
-                }
-            )
+            each = [run["test"][place]["wer"] for run in found]
+            scores[name, found[0]["test"][place]["context"]] = each
+            shared = {"cell": name, "test by": found[0]["test"][place]["context"]}
+            minutes = sum(run["seconds"] for run in found) / 60 / len(found)
+            rows.append(shared | summary(each) | {"minutes": minutes})
         logs = [
             list(csv.DictReader((folder / LOG).open(encoding="utf-8")))
             for folder in folders
             if (folder / LOG).is_file()
         ]
-        if logs:
+        for column, lines in curves.items() if logs else ():
             steps = [float(row["step"]) for row in min(logs, key=len)]
-            curves[name] = (
-                steps,
-                [sum(float(log[k]["dev_wer"]) for log in logs) / len(logs) for k in range(len(steps))],
-            )
-    table = pd.DataFrame(rows)
-    print(table.to_string(index=False, float_format="%.2f"))
+            lines[name] = steps, [sum(float(log[k][column]) for log in logs) / len(logs) for k in range(len(steps))]
+    table = pd.DataFrame(rows + differences(scores))
+    print(table.to_string(index=False, float_format="%.2f", na_rep=""))
     start = f"random weights of size {args.size or 'tiny'}" if args.random else "pre-trained weights"
-    panel = Panel(
-        f"{args.plan}: {start}, {args.steps} updates",
-        "update",
-        "dev wer (%, mean of seeds, lower is better)",
-        curves,
-    )
-    for path in draw_panels([panel], table, args.out / "grid"):
+    panels = [
+        Panel("Word error rate on dev", "update", "% (lower is better)", curves["dev_wer"]),
+        Panel("Loss in training", "update", "CTC, a character", curves["loss"]),
+    ]
+    for path in draw_panels(panels, table, args.out / "grid", f"{args.plan}: {start}, mean of {len(args.seed)} seeds"):
         print(path)
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """The mean over seeds, Student's interval where there are several, and each."""
+    low, high = t_interval(values) if len(values) > 1 else (None, None)
+    each = " ".join(f"{value:.2f}" for value in values)
+    return {"seeds": len(values), "wer": sum(values) / len(values), "low": low, "high": high, "each": each}
+
+
+def differences(scores: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+    """Mamba less Transformer, seed by seed, wherever both have the same seeds."""
+    rows = []
+    for (name, context), mamba in scores.items():
+        other = scores.get((name.replace("mamba", "transformer"), context), [])
+        if name.startswith("mamba") and len(mamba) == len(other):
+            paired = [ours - theirs for ours, theirs in zip(mamba, other, strict=True)]
+            shared = {"cell": name.replace("mamba", "mamba less transformer"), "test by": context}
+            rows.append(shared | summary(paired) | {"minutes": None})
+    return rows
 
 
 if __name__ == "__main__":
