@@ -1,10 +1,11 @@
 """What the types and the crops that stores keep do to scores, on the embedded corpus: the tables of docs/stores.md.
 
 Usage: python tools/store_effects.py dtypes --task ic --upstream transformer_hubert --size tiny --random 1
-       python tools/store_effects.py crops --upstream transformer_hubert --steps 500 --seed {1..30} --device cuda
+       python tools/store_effects.py crops --upstream transformer_hubert --reference-crops 128 --steps 1000 --seed {1..30}
 
 Each row is a paired difference: the score of a seed of the probe less the score of the same seed with float32 states
-("dtypes") or with crops encoded anew at every access ("crops"), with the 95 % interval of Student's t over the seeds.
+("dtypes") or with crops encoded anew at every access ("crops"), with the 95 % interval of Student's t over the seeds. Encoding
+anew takes hours on a CPU: --reference-crops K puts K kept crops of each utterance, a lot of them, in its place, and says so.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--crops", nargs="+", type=int, default=[2, 8])
+    parser.add_argument("--reference-crops", type=int, default=0, metavar="K", help="default: encoded anew")
     args = parser.parse_args()
     try:
         encoder = load_upstream(args.upstream, size=args.size, random=args.random, device=args.device)
@@ -127,8 +129,11 @@ def main() -> None:
             print(row(dtype, scores(upstream, args.task, args, feature_dtype=dtype), base), flush=True)
         return
     task = f"{Path(__file__)}:short_crops"
-    base = scores(encoder, task, args, crops=0)
-    print(row("crops encoded anew", base, base), flush=True)
+    base = scores(encoder, task, args, crops=args.reference_crops)
+    print(
+        row(f"{args.reference_crops} crops kept" if args.reference_crops else "crops encoded anew", base, base),
+        flush=True,
+    )
     for crops in args.crops:
         print(row(f"{crops} crops kept", scores(encoder, task, args, crops=crops), base), flush=True)
 

@@ -38,7 +38,8 @@ def kernels_for(rows: int, frames: int) -> Iterator[None]:
         rows: B.
         frames: T.
     """
-    if _repeated or rows * frames**2 >= PLANNED_PAIRS or not torch.backends.cuda.cudnn_sdp_enabled():
+    planned = bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+    if _repeated or rows * frames**2 >= PLANNED_PAIRS or not planned:
         yield
         return
     torch.backends.cuda.enable_cudnn_sdp(False)
