@@ -126,7 +126,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("words", "what"), [((), "--finetuned or --record"), (("--finetuned", "x", "--manifest", "a.tsv"), "go together")]
+    ("words", "what"),
+    [(("--finetuned", "x"), "no finetuned.json"), (("--finetuned", "x", "--manifest", "a.tsv"), "go together")],
 )
 def test_wrong_requests(words: tuple[str, ...], what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["analyze", "latency", *words]) == 2

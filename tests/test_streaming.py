@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from superb_probe import cli, streaming
+from superb_probe.downstreams.mini import mini_root, read_splits
 from superb_probe.errors import RequestError
+from superb_probe.finetuning import recogniser_of_folder, shipped_recogniser
+from superb_probe.latency import measure_latency, read_word_ends
 from superb_probe.probes.ctc import BlstmCtc, FrameCtc, FrameLogits, greedy_ids
 from superb_probe.probes.finetune_heads import GreedyStream, HeadStream, LstmCtc
+from superb_probe.probes.metrics import edit_distance
 from superb_probe.upstreams.load import load_upstream
 
 TOKENS = ("<s>", "|", "A", "B", "C", "</s>")
@@ -142,7 +146,7 @@ def test_the_command_checks_itself_against_one_pass(
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (("a.wav",), "one of --record"),
+        (("a.wav", "--checkpoint", "c.pt"), "goes with --record and --upstream"),
         (("a.wav", *ENCODER, "--record", "r.json"), "one of --record"),
         (("a.wav", "--record", "r.json", "--size", "tiny"), "go with --upstream"),
         (("a.wav", *ENCODER, "--root", "x"), "go with --record"),
@@ -155,6 +159,29 @@ def test_the_command_checks_itself_against_one_pass(
 def test_wrong_requests(words: tuple[str, ...], what: str, audio: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*(str(audio) if word == "a.wav" else word for word in words)) == 2
     assert what in capsys.readouterr().err
+
+
+def test_a_recogniser_ships(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a recogniser of one's own; most of its letters are right, which a scrambled head's are not."""
+    manifest = read_splits(mini_root(), "read")["test"]
+    (row, *_) = manifest
+    assert run(manifest.root / row.audio, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    said = row.labels["text"]
+    assert edit_distance(list(said), list(document["transcript"])) < 0.6 * len(said)
+    upstream, recogniser = recogniser_of_folder(shipped_recogniser())
+    description = json.loads((shipped_recogniser() / "finetuned.json").read_text(encoding="utf-8"))
+    assert set(upstream.info.trained_on) <= {"mini-train", "kokoro-train", "flite", "librispeech-train-clean-100"}
+    assert "/" not in str(description["checkpoint"])
+    ends = read_word_ends(mini_root() / "alignments.test.tsv")
+    rates = []
+    for scrambled in (False, True):
+        if scrambled:
+            with torch.no_grad():
+                weight = recogniser.head.linear.weight
+                weight.copy_(weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))])
+        rates.append(measure_latency(upstream, recogniser, manifest, ends, 0.64, None, limit=24)["wer"])
+    assert rates[0] < 95.0 < rates[1]
 
 
 def test_a_record_of_asr_is_streamed_from_a_pipe(

@@ -22,6 +22,7 @@ def add_latency(subparsers: Any) -> None:
         description="Stream utterances with word times through recognisers, chunk by chunk: word error rate with its\n"
         "95 % interval over speakers, and how long after its end a rightly recognised word is complete (median, 90th percentile).",
         epilog="examples:\n"
+        "  superb-probe analyze latency --out latency   # the recogniser that ships\n"
         "  superb-probe analyze latency --finetuned mamba=runs/mamba transformer=runs/transformer --out latency\n"
         "  superb-probe analyze latency --finetuned runs/bidirectional --chunk-ms 160 --lookahead-ms 0 320 640 1280",
     )
@@ -49,8 +50,6 @@ def run_latency(args: argparse.Namespace) -> int:
     from superb_probe.downstreams.mini import mini_root, read_splits
     from superb_probe.latency import measure_latency, read_word_ends
 
-    if not args.finetuned and not args.record:
-        raise RequestError("superb-probe analyze latency: --finetuned or --record names what is measured")
     if (args.manifest is None) != (args.alignments is None):
         raise RequestError("superb-probe analyze latency: --manifest and --alignments go together")
     root = mini_root()
@@ -87,11 +86,12 @@ def run_latency(args: argparse.Namespace) -> int:
 
 
 def _recognisers(args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
-    from superb_probe.finetuning import recogniser_of_folder
+    from superb_probe.finetuning import recogniser_of_folder, shipped_recogniser
     from superb_probe.streaming import recogniser_of_record
 
     found = []
-    for flag, texts in (("--finetuned", args.finetuned), ("--record", args.record)):
+    named_here = args.finetuned or ([] if args.record else [str(shipped_recogniser())])
+    for flag, texts in (("--finetuned", named_here), ("--record", args.record)):
         named = pairs([text if "=" in text else f"{Path(text).name}={text}" for text in texts], flag)
         for name, place in named.items():
             made = (

@@ -28,8 +28,10 @@ def add_commands(subparsers: Any) -> None:
         "stream",
         help="a transcript as audio arrives, with its delay, speed and memory",
         description="Encode audio chunk by chunk with an encoder that sees no future (or a little of it), print the transcript of a\n"
-        "CTC head as it is determined, and say how fast and how late it was. Without a head the states are only timed.",
+        "CTC head as it is determined, and say how fast and how late it was: with the small recogniser that ships, with one of\n"
+        "yours, or with an encoder alone, whose states are only timed.",
         epilog="examples:\n"
+        "  superb-probe stream talk.wav\n"
         "  superb-probe stream talk.wav --record results/runs/asr/mamba_hubert_causal/0314512804f0.json\n"
         "  superb-probe stream talk.wav --finetuned runs/finetuned --chunk-ms 320\n"
         "  ffmpeg -i talk.mp3 -f s16le -ac 1 -ar 16000 - | superb-probe stream - --finetuned runs/finetuned\n"
@@ -92,8 +94,10 @@ def stream_input(args: argparse.Namespace) -> int:
 
 def _check_request(args: argparse.Namespace) -> None:
     problems = []
-    if sum(given is not None for given in (args.record, args.finetuned, args.upstream)) != 1:
-        problems.append("give one of --record, --finetuned and --upstream")
+    if sum(given is not None for given in (args.record, args.finetuned, args.upstream)) > 1:
+        problems.append("give one of --record, --finetuned and --upstream, or none")
+    if args.checkpoint is not None and args.record is None and args.upstream is None:
+        problems.append("--checkpoint goes with --record and --upstream")
     if args.upstream is None and (args.size or args.random is not None or args.upstream_option):
         problems.append("--size, --random and --upstream-option go with --upstream")
     if args.record is None and (args.root or args.manifest):
@@ -115,10 +119,10 @@ def _model(args: argparse.Namespace) -> tuple[Upstream, Recogniser | None]:
     if args.record is not None:
         manifest = {split: Path(file) for split, file in pairs(args.manifest, "--manifest").items()}
         upstream, recogniser = recogniser_of_record(args.record, args.checkpoint, args.root, manifest or None)
-    elif args.finetuned is not None:
-        from superb_probe.finetuning import recogniser_of_folder
+    elif args.upstream is None:
+        from superb_probe.finetuning import recogniser_of_folder, shipped_recogniser
 
-        upstream, recogniser = recogniser_of_folder(args.finetuned)
+        upstream, recogniser = recogniser_of_folder(args.finetuned or shipped_recogniser())
     else:
         options = option_values(args.upstream_option)
         return load_upstream(

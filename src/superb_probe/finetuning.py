@@ -31,7 +31,7 @@ from superb_probe.probes.statistics import bootstrap
 from superb_probe.streaming import Recogniser
 from superb_probe.upstreams.base import Upstream
 from superb_probe.upstreams.checkpoints import write_checkpoint
-from superb_probe.upstreams.hubert_upstream import HubertUpstream
+from superb_probe.upstreams.hubert_upstream import WEIGHTS, HubertUpstream
 from superb_probe.upstreams.load import load_upstream
 
 PUBLISHED_DIM = 768  # of the encoders that SpecAugment is meant for
@@ -391,6 +391,11 @@ def _finish(
         "machine": describe_machine(request.device),
     }
     return _describe(request, upstream, tokens, found)
+
+
+def shipped_recogniser() -> Path:
+    """The folder of the streaming recogniser that ships."""
+    return WEIGHTS / "recogniser"
 
 
 def recogniser_of_folder(folder: Path) -> tuple[Upstream, Recogniser]:
