@@ -12,6 +12,7 @@ import pandas as pd
 from superb_probe.results.figures import _legend_columns, _look, _new, _save, _style
 
 Line = tuple[Sequence[float], Sequence[float]]
+MOST_TICKS = 12  # of a logarithmic axis, at measured places
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,10 @@ def draw_panels(panels: Sequence[Panel], numbers: pd.DataFrame, out: Path | str,
             axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
             if panel.log_x:
                 axes.set_xscale("log")
+                values = sorted({value for x, _ in panel.lines.values() for value in x})
+                if len(values) <= MOST_TICKS:  # where it was measured, rather than powers of ten
+                    axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=7)
+                    axes.minorticks_off()
             if panel.log_y:
                 axes.set_yscale("log")
             else:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from superb_probe.errors import RequestError
-from superb_probe.results import figures
+from superb_probe.results import figures, lines
 from superb_probe.results.figures import KINDS, draw
 from superb_probe.results.leaderboard import leaderboard
 from superb_probe.results.record import RunRecord
@@ -165,3 +165,17 @@ def test_no_name_of_a_legend_is_cut(made_up: Any, base_record: RunRecord, monkey
         figure.canvas.draw()
         box = figure.legends[0].get_window_extent()
         assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
+def test_a_logarithmic_axis_has_its_ticks_where_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    save = lines._save
+    monkeypatch.setattr(lines, "_save", lambda figure, *rest: (drawn.append(figure), save(figure, *rest))[1])
+    few, many = [40.0, 80.0, 160.0, 640.0], [1.5**power for power in range(20)]
+    panels = [lines.Panel("", "ms", "%", {"a": (values, values)}, log_x=True) for values in (few, many)]
+    lines.draw_panels(panels, pd.DataFrame({"a": few}), tmp_path / "figure")
+    first, second = drawn[0].axes
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["40", "80", "160", "640"]
+    assert not list(first.get_xticks(minor=True)) and len(second.get_xticks()) != len(many)
