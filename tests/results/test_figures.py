@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from superb_probe.errors import RequestError
-from superb_probe.results import figures, lines
+from superb_probe.results import figures
+from superb_probe.results import lines as line_figures
 from superb_probe.results.figures import KINDS, draw
 from superb_probe.results.leaderboard import leaderboard
 from superb_probe.results.record import RunRecord
@@ -171,11 +172,11 @@ def test_a_logarithmic_axis_has_its_ticks_where_it_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    save = lines._save
-    monkeypatch.setattr(lines, "_save", lambda figure, *rest: (drawn.append(figure), save(figure, *rest))[1])
+    save = line_figures._save
+    monkeypatch.setattr(line_figures, "_save", lambda figure, *rest: (drawn.append(figure), save(figure, *rest))[1])
     few, many = [40.0, 80.0, 160.0, 640.0], [1.5**power for power in range(20)]
-    panels = [lines.Panel("", "ms", "%", {"a": (values, values)}, log_x=True) for values in (few, many)]
-    lines.draw_panels(panels, pd.DataFrame({"a": few}), tmp_path / "figure")
+    panels = [line_figures.Panel("", "ms", "%", {"a": (values, values)}, log_x=True) for values in (few, many)]
+    line_figures.draw_panels(panels, pd.DataFrame({"a": few}), tmp_path / "figure")
     first, second = drawn[0].axes
     assert [tick.get_text() for tick in first.get_xticklabels()] == ["40", "80", "160", "640"]
     assert not list(first.get_xticks(minor=True)) and len(second.get_xticks()) != len(many)
