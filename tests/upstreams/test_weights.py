@@ -32,8 +32,12 @@ def facts(stem: str) -> dict[str, Any]:
     return found
 
 
-def test_six_ship_and_nothing_else() -> None:
-    assert {path.name for path in WEIGHTS.iterdir()} == {
+def test_six_and_a_recogniser_ship_and_nothing_else() -> None:
+    recogniser = WEIGHTS / "recogniser"
+    names = {"encoder.safetensors", "encoder.json", "head.safetensors", "finetuned.json", "README.md"}
+    assert {path.name for path in recogniser.iterdir()} == names
+    assert sum(path.stat().st_size for path in recogniser.iterdir()) <= 4_000_000
+    assert {path.name for path in WEIGHTS.iterdir()} - {recogniser.name} == {
         f"{stem}{ending}" for stem in FILES for ending in (".safetensors", ".json", ".md")
     }
 
