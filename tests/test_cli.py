@@ -112,6 +112,7 @@ BAD = [
     (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--store", "s", "--store-clean"], "--store-limit SIZE"),
     (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--time-limit", "soon"], "not a time"),
     (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--crops", "-1"], "--crops -1"),
+    (["run", "--upstream", "fbank", "--task", "synthetic_sid", "--crop-seed", "-1"], "--crop-seed -1"),
     (["run", "--upstream", "fbank", "--tier", "quick", "--task", "asr"], "--tier quick has the tasks pr sid er ic"),
     (["run", "--upstream", "fbank", "--tier", "quick", "--limit", "5"], "leave --budget and --limit out"),
     (["run", "--config", "none.yaml"], "none.yaml"),

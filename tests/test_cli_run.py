@@ -60,6 +60,7 @@ EVERY_FLAG = {
     "steps": (["70"], 70),
     "feature_dtype": (["int8"], "int8"),
     "crops": (["4"], 4),
+    "crop_seed": (["3"], 3),
     "stop_hopeless": ([], True),
     "store_limit": (["500GB"], "500GB"),
     "store_clean": ([], True),

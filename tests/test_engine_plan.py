@@ -164,6 +164,14 @@ def test_crops_are_kept_or_taken_anew(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert upstream.calls == 20 * 3 + 40 and stored.probe.head_options["crops"] == 3
     (anew,) = run(upstream, TASK, crops=0, **options)
     assert anew.probe.head_options["crops"] == 0 and anew.run_id != stored.run_id
+    assert stored.probe.head_options["crop_seed"] == 0 and "crop_seed" not in anew.probe.head_options
+    (other,) = run(upstream, TASK, crops=3, crop_seed=1, **options)  # elsewhere in the same utterances: another run
+    assert other.probe.head_options["crop_seed"] == 1 and other.run_id != stored.run_id
+    assert (
+        other.score is not None and stored.score is not None and other.cost.encoder_passes == stored.cost.encoder_passes
+    )
+    assert other.probe_weights is not None and stored.probe_weights is not None
+    assert other.probe_weights.sha256 != stored.probe_weights.sha256
     with pytest.raises(RequestError, match="--states memory: new random crops"):
         run(upstream, TASK, crops=0, states="memory", **options)
     cropped_task(monkeypatch, 100.0)  # longer than every utterance: nothing to cut

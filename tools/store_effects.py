@@ -1,11 +1,13 @@
 """What the types and the crops that stores keep do to scores, on the embedded corpus: the tables of docs/stores.md.
 
 Usage: python tools/store_effects.py dtypes --task ic --upstream transformer_hubert --size tiny --random 1
-       python tools/store_effects.py crops --upstream transformer_hubert --reference-crops 128 --steps 1000 --seed {1..30}
+       python tools/store_effects.py crops --upstream mamba_hubert_causal --reference-crops 128 --draws 25 --steps 1000 --seed {1..50}
 
 Each row is a paired difference: the score of a seed of the probe less the score of the same seed with float32 states
 ("dtypes") or with crops encoded anew at every access ("crops"), with the 95 % interval of Student's t over the seeds. Encoding
 anew takes hours on a CPU: --reference-crops K puts K kept crops of each utterance, a lot of them, in its place, and says so.
+--draws N keeps other crops for each of N groups of the seeds: a difference is then the mean of a group, and the interval is over the
+draws, whose effect all seeds of one draw share.
 """
 
 from __future__ import annotations
@@ -88,17 +90,30 @@ def short_crops() -> Task:
 
 def scores(upstream: Any, task: str, args: argparse.Namespace, **options: Any) -> np.ndarray[Any, Any]:
     """The test score of every seed."""
-    shared = {"lr": [args.lr], "seed": args.seed, "steps": args.steps, "device": args.device}
+    shared = {"lr": [args.lr], "seed": args.seed, "steps": args.steps, "device": args.device, **options}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stderr):
-        records = run(upstream, task, **shared, out=Path(folder), **options)
+        records = run(upstream, task, **shared, out=Path(folder))
     values = {record.probe.seed: record.score.value for record in records if record.score is not None}
-    return np.array([values[seed] for seed in args.seed])
+    return np.array([values[seed] for seed in shared["seed"]])
 
 
-def row(name: str, found: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> str:
-    """One line of a table."""
-    low, high = t_interval(found - base)
-    return f"| {name} | {found.mean():.2f} | {found.std(ddof=1):.2f} | {(found - base).mean():+.2f} | {low:+.2f} to {high:+.2f} |"
+def drawn_anew(upstream: Any, task: str, args: argparse.Namespace, crops: int) -> np.ndarray[Any, Any]:
+    """The test score of every seed, each group of them with a draw of crops of its own."""
+    groups = np.array(args.seed).reshape(args.draws, -1).tolist()
+    found = [
+        scores(upstream, task, args, crops=crops, seed=group, crop_seed=number)
+        for number, group in enumerate(groups, start=args.draws > 1)
+    ]
+    return np.concatenate(found)
+
+
+def row(name: str, found: np.ndarray[Any, Any], base: np.ndarray[Any, Any], draws: int = 1) -> str:
+    """One line of a table; the interval is over the draws where there are several, else over the seeds."""
+    paired = (found - base).reshape(draws if draws > 1 else len(found), -1).mean(1)
+    low, high = t_interval(paired)
+    return (
+        f"| {name} | {found.mean():.2f} | {found.std(ddof=1):.2f} | {paired.mean():+.2f} | {low:+.2f} to {high:+.2f} |"
+    )
 
 
 def main() -> None:
@@ -114,8 +129,13 @@ def main() -> None:
     parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--crops", nargs="+", type=int, default=[2, 8])
+    parser.add_argument("--draws", type=int, default=1, help="of the kept crops, each for its share of the seeds")
     parser.add_argument("--reference-crops", type=int, default=0, metavar="K", help="default: encoded anew")
     args = parser.parse_args()
+    if args.draws < 1 or len(args.seed) % args.draws or (args.draws == 1 and len(args.seed) < 2):
+        parser.error(
+            f"--draws {args.draws} of {len(args.seed)} seeds: each draw has as many, and there are several of either"
+        )
     try:
         encoder = load_upstream(args.upstream, size=args.size, random=args.random, device=args.device)
     except RequestError as error:
@@ -135,7 +155,7 @@ def main() -> None:
         flush=True,
     )
     for crops in args.crops:
-        print(row(f"{crops} crops kept", scores(encoder, task, args, crops=crops), base), flush=True)
+        print(row(f"{crops} crops kept", drawn_anew(encoder, task, args, crops), base, args.draws), flush=True)
 
 
 if __name__ == "__main__":

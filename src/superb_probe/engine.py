@@ -35,6 +35,7 @@ def run(
     layer_norm: bool = False,
     feature_dtype: str = "float16",
     crops: int | None = None,
+    crop_seed: int = 0,
     size: str | None = None,
     random: int | None = None,
     upstream_option: Mapping[str, Any] | None = None,
@@ -63,7 +64,8 @@ def run(
     Each argument is the flag of that name; `superb_probe.engine_ask.Request` says what it is and which values it takes.
     What is asked: `upstream` (with `checkpoint`, `size`, `random`, `upstream_option`), `task` or `tier`, `protocol`, `control`.
     On what: the embedded corpus, or `data` or `manifest` and `root`; `limit`.
-    With which probes: `head`, `head_option`, `layer`, `layer_norm`, `budget`, `steps`, `lr`, `seed`, `crops`, `stop_hopeless`.
+    With which probes: `head`, `head_option`, `layer`, `layer_norm`, `budget`, `steps`, `lr`, `seed`, `crops`, `crop_seed`,
+    `stop_hopeless`.
     With which states: `feature_dtype`, `padding`, `states`, `store`, `store_limit`, `store_clean`.
     How: `device`, `out`, `overwrite`, `time_limit`, `dry_run`.
 

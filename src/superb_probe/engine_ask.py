@@ -42,6 +42,7 @@ class Request:
         layer_norm: normalise every frame of every layer first.
         feature_dtype: type the states are kept in: "float16", "bfloat16", "float32" or "int8".
         crops: random crops kept of a long training utterance where the protocol crops; 0 encodes new ones each time.
+        crop_seed: draws where the kept crops begin.
         size: of an upstream without a checkpoint: "test", "tiny", "small" or "base".
         random: seed of random weights.
         upstream_option: the upstream's own options.
@@ -79,6 +80,7 @@ class Request:
     layer_norm: bool
     feature_dtype: str
     crops: int | None
+    crop_seed: int
     size: str | None
     random: int | None
     upstream_option: Mapping[str, Any] | None
@@ -144,7 +146,8 @@ def value_problems(request: Request) -> list[str]:
         wrong.append(f"--lr {' '.join(map(str, lr))}: learning rates are positive numbers")
     if not seed or any(number < 0 or number >= 2**31 for number in seed):
         wrong.append(f"--seed {' '.join(map(str, seed))}: seeds are whole numbers from 0 to {2**31 - 1}")
-    for name, number, least in (("limit", request.limit, 1), ("steps", request.steps, 1), ("crops", request.crops, 0)):
+    numbers = (("limit", request.limit, 1), ("steps", request.steps, 1), ("crops", request.crops, 0))
+    for name, number, least in (*numbers, ("crop-seed", request.crop_seed, 0)):
         if number is not None and number < least:
             wrong.append(f"--{name} {number}: at least {least}")
     if isinstance(request.layer, str) and request.layer != "all":

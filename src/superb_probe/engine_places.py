@@ -237,6 +237,7 @@ def _empty_store(
         waveform=info.waveform,
         crops=job.crops if cropped else 0,
         crop_s=crop_s,
+        crop_seed=job.crop_seed,
         memory=memory,
         device=device,
         limit_bytes=limit_bytes,

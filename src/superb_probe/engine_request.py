@@ -84,6 +84,7 @@ class Job:
         crops_anew: whether crops are encoded anew each time instead.
         padded: whether training encodes each batch as s3prl composes and pads it.
         least_frames: fewest frames an utterance must have.
+        crop_seed: draws where the stored crops begin.
     """
 
     upstream: LoadedUpstream
@@ -95,6 +96,7 @@ class Job:
     crops_anew: bool
     padded: bool
     least_frames: int
+    crop_seed: int = 0
 
     @property
     def name(self) -> str:
@@ -351,7 +353,7 @@ def make_job(upstream: LoadedUpstream, question: Question, request: Request) -> 
     )
     seeds = tuple(dict.fromkeys(request.seed)) if task.info.trained else (0,)
     padded = request.padding == "s3prl"
-    return Job(upstream, question, template, seeds, layers, crops, crops_anew, padded, least_frames)
+    return Job(upstream, question, template, seeds, layers, crops, crops_anew, padded, least_frames, request.crop_seed)
 
 
 def choose_head(question: Question, asked: str | None, dim: int) -> tuple[str, int]:
@@ -384,6 +386,8 @@ def training_options(budget: Budget, request: Request, crops: int | None) -> dic
         options["max_crop_s"] = budget.max_crop_s
     if crops is not None:
         options["crops"] = crops
+    if crops:
+        options["crop_seed"] = request.crop_seed
     if request.control is not None:
         options["control"] = request.control
     if request.stop_hopeless:

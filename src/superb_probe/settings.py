@@ -96,6 +96,7 @@ RUN_FLAGS = (
     Flag(
         "crops", "integer", "random crops kept of a long training utterance; 0 encodes new ones each time", metavar="K"
     ),
+    Flag("crop_seed", "integer", "draws where the kept crops begin (default: 0)"),
     Flag("budget", "text", "how much training: small, or full (the protocol's)", choices=("small", "full")),
     Flag("steps", "integer", "optimiser updates instead of the budget's; rows of another count share no table"),
     Flag("lr", "number", "learning rates; the best on dev is reported (default: the protocol's grid)", True),

@@ -28,7 +28,7 @@ from superb_probe.upstreams.base import Upstream
 from superb_probe.upstreams.load import load_upstream
 
 Verdict = Literal["equal", "within the interval", "different", "not checked"]
-_NOT_HEAD = ("evaluate_every", "max_crop_s", "crops", "stop_hopeless", "padding")
+_NOT_HEAD = ("evaluate_every", "max_crop_s", "crops", "crop_seed", "stop_hopeless", "padding")
 EQUAL = 1e-6  # in the metric's unit: sums in another order
 # what an imported record's dev score is of, where that is not what is scored here
 _DEV_ELSEWHERE = {
