@@ -1,7 +1,7 @@
 """What the types and the crops that stores keep do to scores, on the embedded corpus: the tables of docs/stores.md.
 
 Usage: python tools/store_effects.py dtypes --task ic --upstream transformer_hubert --size tiny --random 1
-       python tools/store_effects.py crops --upstream mamba_hubert_causal --reference-crops 128 --draws 25 --steps 1000 --seed {1..50}
+       python tools/store_effects.py crops --upstream mamba_hubert_causal --reference-crops 128 --draws 120 --seed {1..360} ...
 
 Each row is a paired difference: the score of a seed of the probe less the score of the same seed with float32 states
 ("dtypes") or with crops encoded anew at every access ("crops"), with the 95 % interval of Student's t over the seeds. Encoding
@@ -72,14 +72,23 @@ class ShortCrops(SpeakerIdentification):
     info = replace(INFO, budgets={name: replace(budget, max_crop_s=CROP_S) for name, budget in INFO.budgets.items()})
 
     def splits(self, root: Path) -> list[Fold]:
-        """The sentences of the training speakers: of each speaker every fifth is dev, the one after it test."""
+        """The training speakers: every fifth sentence of each is dev, the one after it test, and so are commands and phrases."""
         sentences = read_splits(mini_root(), "read")["train"]
         count: dict[str, int] = {}
         parts: dict[str, list[Any]] = {"train": [], "dev": [], "test": []}
+        speakers = set(sentences.labels("speaker"))
+        for table in ("commands", "phrases"):  # more to be scored on: a point of 70 sentences is less than one of them
+            parts["test"] += [
+                row for row in read_splits(mini_root(), table)["train"] if row.labels["speaker"] in speakers
+            ]
         for utterance in sentences:
             number = count[utterance.labels["speaker"]] = count.get(utterance.labels["speaker"], -1) + 1
             parts[{3: "dev", 4: "test"}.get(number % 5, "train")].append(utterance)
-        made = {split: Manifest(part, sentences.root, f"crops.{split}") for split, part in parts.items()}
+        plain = {
+            split: [replace(row, labels={"speaker": row.labels["speaker"]}) for row in part]
+            for split, part in parts.items()
+        }
+        made = {split: Manifest(part, sentences.root, f"crops.{split}") for split, part in plain.items()}
         return [Fold(None, {split: own_corpus(manifest, "mini") for split, manifest in made.items()})]
 
 
@@ -92,7 +101,7 @@ def scores(upstream: Any, task: str, args: argparse.Namespace, **options: Any) -
     """The test score of every seed."""
     shared = {"lr": [args.lr], "seed": args.seed, "steps": args.steps, "device": args.device, **options}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stderr):
-        records = run(upstream, task, **shared, out=Path(folder))
+        records = run(upstream, task, **shared, out=Path(folder), store=args.store)
     values = {record.probe.seed: record.score.value for record in records if record.score is not None}
     return np.array([values[seed] for seed in shared["seed"]])
 
@@ -131,6 +140,7 @@ def main() -> None:
     parser.add_argument("--crops", nargs="+", type=int, default=[2, 8])
     parser.add_argument("--draws", type=int, default=1, help="of the kept crops, each for its share of the seeds")
     parser.add_argument("--reference-crops", type=int, default=0, metavar="K", help="default: encoded anew")
+    parser.add_argument("--store", type=Path, help="folder of states that runs share (default: each makes its own)")
     args = parser.parse_args()
     if args.draws < 1 or len(args.seed) % args.draws or (args.draws == 1 and len(args.seed) < 2):
         parser.error(
