@@ -13,7 +13,9 @@ from superb_probe.downstreams.base import Batch, Budget
 from superb_probe.errors import RequestError
 from superb_probe.probes import kernels
 from superb_probe.probes.batches import class_weights, collate, s3prl_batches, training_batches
+from superb_probe.probes.ctc import BlstmCtc
 from superb_probe.probes.heads import UtteranceLinear
+from superb_probe.probes.recurrent_stack import ROWS_TOGETHER, BlstmStack, can_stack_recurrent, consecutive
 from superb_probe.probes.runner import Runner, random_state, set_random_state
 from superb_probe.probes.stacked import LinearStack, can_stack, class_losses, token_losses
 from superb_probe.probes.states import States
@@ -215,14 +217,18 @@ class Separate(Company):
         """Add the gradients and losses of a batch, or of `held` batches as one, of the trials of one seed."""
         mixer = self.mixer.part(members)
         mixture = mixer.mixture()
-        mixed = mix(mixture, states)
+        gradient = self._heads(mix(mixture, states), batch, held, members, losses)
+        if mixer.any_learnt:
+            weights = self.updater.stacked(0, self.updater.gradients)
+            weights[members] += mixer.gradient(mixture, mixture_gradient(gradient, states))
+
+    def _heads(self, mixed: Tensor, batch: Batch, held: int, members: Sequence[int], losses: Tensor) -> Tensor:
+        """Add the gradients and losses of the trials' heads; the gradient of their mixed states (n, B, T, D)."""
         gradient = torch.empty_like(mixed)
         for place, number in enumerate(members):
             loss, gradient[place] = self._one(self.runners[number], mixed[place], batch, held)
             losses[number] += loss
-        if mixer.any_learnt:
-            weights = self.updater.stacked(0, self.updater.gradients)
-            weights[members] += mixer.gradient(mixture, mixture_gradient(gradient, states))
+        return gradient
 
     def _one(self, runner: Runner, mixed: Tensor, batch: Batch, held: int) -> tuple[Tensor, Tensor]:
         """One batch of one trial, with the trial's own random numbers: its loss and the gradient of the mixed states."""
@@ -241,6 +247,33 @@ class Separate(Company):
         if frames.grad is None:
             raise ValueError(f"{type(runner.probe.head).__name__}: its loss does not depend on the states")
         return loss.detach(), frames.grad
+
+
+class RecurrentStack(Separate):
+    """Recurrent CTC heads (`BlstmCtc`) on a GPU: the trials of a seed go through as one stack, as many as memory is meant for."""
+
+    def __init__(
+        self, runners: Sequence[Runner], draws: Mapping[int, Draws], num_layers: int, budget: Budget, clip: float
+    ) -> None:
+        """See `Company`."""
+        super().__init__(runners, draws, num_layers, budget, clip)
+        head = self.runners[0].probe.head
+        assert isinstance(head, BlstmCtc)
+        self._stack = BlstmStack(self.updater, head, first=1, plain=self.device.type != "cuda")
+
+    def _heads(self, mixed: Tensor, batch: Batch, held: int, members: Sequence[int], losses: Tensor) -> Tensor:
+        """See `Separate`."""
+        gradient, done = torch.empty_like(mixed), 0
+        for trials in consecutive(members, max(1, ROWS_TOGETHER // mixed[0, ..., 0].numel())):
+            several = self.runners[trials]
+            for runner in several:
+                runner.probe.train()
+            frames = mixed[done : done + len(several)].detach().requires_grad_()
+            losses[trials] += self._stack.learn(several, trials, frames, batch, held / self.accumulate)
+            assert frames.grad is not None
+            gradient[done : done + len(several)] = frames.grad
+            done += len(several)
+        return gradient
 
 
 class FrameStack(Company):
@@ -449,4 +482,6 @@ def make_company(
             return FrameStack(runners, draws, num_layers, budget, clip)
         if states.means is not None:
             return MeanStack(runners, draws, num_layers, budget, clip, states)
+    if can_stack_recurrent(heads, next(runners[0].probe.parameters()).device):
+        return RecurrentStack(runners, draws, num_layers, budget, clip)
     return Separate(runners, draws, num_layers, budget, clip)
