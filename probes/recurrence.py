@@ -22,9 +22,11 @@ except ImportError:  # torch for CPUs comes without it
 
 GATES = 4  # input, forget, cell, output: torch's order
 UNIT_BLOCK = 64  # widths are multiples of it
-FORWARD = {"UNITS": 16, "INNER": 64, "num_warps": 4, "num_stages": 4}
+# The fastest of eight shapes on an H100. Three products of tf32 parts are as exact as float32 here (both
+# differ from cuDNN by 5e-7) and twice as fast as its own multiply-adds.
+FORWARD = {"UNITS": 32, "INNER": 32, "num_warps": 4, "num_stages": 5}
 BACKWARD = {"UNITS": 32, "INNER": 64, "num_warps": 4, "num_stages": 4}
-PRECISION = "ieee"
+PRECISION = "tf32x3"
 
 
 def blstm(inputs: Tensor, num_frames: Tensor, weights: list[Tensor], *, plain: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from superb_probe.probes.recurrence import UNIT_BLOCK, blstm
 from superb_probe.probes.runner import Runner, random_state, set_random_state
 from superb_probe.probes.update import StackedUpdater
 
-ROWS_TOGETHER = 60_000  # frames of all trials at once: 7 GB of gates and cells at SUPERB's width
+ROWS_TOGETHER = 40_000  # frames of all trials at once: 6 GB of gates, cells and inputs at SUPERB's width
 LSTM_PLACES = 8  # parameters of a bidirectional layer
 
 

@@ -189,3 +189,17 @@ def test_the_grid_of_comparisons_asks_for_equal_budgets(load_tool: Callable[[str
     for name, cell in grid.CELLS["causal"].items():
         encoder = load_upstream(cell["upstream"], size="test", random=0, **cell["upstream_options"])
         assert (encoder.info.lookahead_samples == 0) == ("strict" in name)
+
+
+def test_the_grid_compares_families_and_contexts_seed_by_seed(load_tool: Callable[[str], Any]) -> None:
+    grid = load_tool("finetune_grid")
+    scores = {
+        ("mamba, utterance", "document"): [80.0, 82.0],
+        ("mamba, document", "document"): [78.0, 81.0],
+        ("transformer, utterance", "document"): [90.0, 95.0],
+    }
+    rows = {(row["cell"], row["test by"]): row["each"] for row in grid.differences(scores)}
+    assert rows == {
+        ("mamba less transformer, utterance", "document"): "-10.00 -13.00",
+        ("mamba, document less utterance", "document"): "-2.00 -1.00",
+    }

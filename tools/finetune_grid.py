@@ -208,14 +208,15 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 
 def differences(scores: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
-    """Mamba less Transformer, seed by seed, wherever both have the same seeds."""
+    """Mamba less Transformer and trained on documents less on utterances, seed by seed, wherever both have the same seeds."""
     rows = []
-    for (name, context), mamba in scores.items():
-        other = scores.get((name.replace("mamba", "transformer"), context), [])
-        if name.startswith("mamba") and len(mamba) == len(other):
-            paired = [ours - theirs for ours, theirs in zip(mamba, other, strict=True)]
-            shared = {"cell": name.replace("mamba", "mamba less transformer"), "test by": context}
-            rows.append(shared | summary(paired) | {"minutes": None})
+    for one, other in (("mamba", "transformer"), ("document", "utterance")):
+        for (name, context), values in scores.items():
+            against = scores.get((name.replace(one, other), context), [])
+            if one in name and len(values) == len(against):
+                paired = [ours - theirs for ours, theirs in zip(values, against, strict=True)]
+                shared = {"cell": name.replace(one, f"{one} less {other}"), "test by": context}
+                rows.append(shared | summary(paired) | {"minutes": None})
     return rows
 
 

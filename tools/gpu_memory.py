@@ -33,7 +33,7 @@ from superb_probe.upstreams.load import find_device
 
 # LibriSpeech's longest is 35 s, ER's 34 s, SD is cut at 40 s; training crops of SID and ASV are 8 s, their test utterances longer.
 SECONDS = {
-    "pr": 35, "asr": 35, "ks": 1, "ic": 10, "sid": 20, "er": 34, "asv": 20, "sd": 40, "sf": 12, "qbe": 30,
+    "pr": 35, "asr": 35, "ks": 1, "ic": 10, "sid": 20, "er": 34, "asv": 20, "sd": 40, "sf": 12, "qbe": 12,
 }  # fmt: skip
 REPEATED = ("text", "phones", "iob")
 
