@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from superb_probe import cli, latency
+from superb_probe import cli, commands_latency, latency
 from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.downstreams.mini import mini_root, read_splits
 from superb_probe.errors import RequestError
@@ -132,3 +132,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_wrong_requests(words: tuple[str, ...], what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["analyze", "latency", *words]) == 2
     assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "label", "names", "places"),
+    [
+        ([(160, 0.0), (160, 0.32)], "look-ahead (ms)", ["mine, chunk 160 ms"], [0.0, 320.0]),
+        ([(160, 0.0), (640, 0.0)], "chunk (ms)", ["mine, look-ahead 0 ms"], [160, 640]),
+    ],
+)
+def test_the_figure_is_against_what_varies(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: list[tuple[float, float]],
+    label: str,
+    names: list[str],
+    places: list[float],
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "superb_probe.results.lines.draw_panels", lambda panels, numbers, out: drawn.extend(panels) or []
+    )
+    values = {"wer": 80.0, "delay_median_s": 0.4, "ci95": (78.0, 82.0)}
+    rows = [{"name": "mine", "chunk_ms": chunk, "lookahead_s": ahead, **values} for chunk, ahead in settings]
+    commands_latency.draw(rows, tmp_path / "figure")
+    assert [panel.x for panel in drawn] == [label, label]
+    assert list(drawn[0].lines) == names and drawn[0].lines[names[0]][0] == places
+    assert drawn[1].lines[names[0]][1] == [400.0, 400.0]

@@ -126,25 +126,31 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
-    """Error rate and delay against the chunk, a line a recogniser and look-ahead: PNG, SVG and CSV."""
+    """Error rate and delay against the chunk, a line a recogniser and look-ahead, or against the look-ahead where only it varies.
+
+    PNG, SVG and CSV.
+    """
     import pandas as pd
 
     from superb_probe.results.lines import Panel, draw_panels
 
     errors: dict[str, tuple[list[float], list[float]]] = {}
     waits: dict[str, tuple[list[float], list[float]]] = {}
+    ahead = len({row["chunk_ms"] for row in rows}) == 1 and len({row["lookahead_s"] for row in rows}) > 1
     for row in rows:
-        name = f"{row['name']}, look-ahead {_milliseconds(row['lookahead_s'])} ms"
+        held = f"look-ahead {_milliseconds(row['lookahead_s'])} ms"
+        name = f"{row['name']}, chunk {row['chunk_ms']:g} ms" if ahead else f"{row['name']}, {held}"
         for lines, value in ((errors, row["wer"]), (waits, row["delay_median_s"])):
             x, y = lines.setdefault(name, ([], []))
             if value is not None:
-                x.append(row["chunk_ms"])
+                x.append(1000 * (row["lookahead_s"] or 0.0) if ahead else row["chunk_ms"])
                 y.append(value if lines is errors else 1000 * value)
     numbers = pd.DataFrame([{**row, "ci95_low": row["ci95"][0], "ci95_high": row["ci95"][1]} for row in rows]).drop(
         columns="ci95"
     )
+    against = "look-ahead (ms)" if ahead else "chunk (ms)"
     panels = [
-        Panel("Word errors", "chunk (ms)", "wer (%, lower is better)", errors, log_x=True),
-        Panel("Word delay", "chunk (ms)", "median delay (ms, lower is better)", waits, log_x=True),
+        Panel("Word errors", against, "wer (%, lower is better)", errors, log_x=not ahead),
+        Panel("Word delay", against, "median delay (ms, lower is better)", waits, log_x=not ahead),
     ]
     return draw_panels(panels, numbers, out)
