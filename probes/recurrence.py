@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from superb_probe.probes import kernels
+
 try:
     import triton  # type: ignore[import-not-found, unused-ignore]
     import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
@@ -27,6 +29,13 @@ UNIT_BLOCK = 64  # widths are multiples of it
 FORWARD = {"UNITS": 32, "INNER": 32, "num_warps": 4, "num_stages": 5}
 BACKWARD = {"UNITS": 32, "INNER": 64, "num_warps": 4, "num_stages": 4}
 PRECISION = "tf32x3"
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether the kernels run on a device: an NVIDIA GPU whose matrix units take tf32, with a Triton that compiles."""
+    if device.type != "cuda" or torch.version.hip or not kernels.available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def blstm(inputs: Tensor, num_frames: Tensor, weights: list[Tensor], *, plain: bool = False) -> Tensor:
@@ -93,7 +102,8 @@ class _Blstm(torch.autograd.Function):
             flat = gates[:, way].reshape(trials, batch * frames, -1)
             turned = flat.transpose(1, 2)
             before = _before(output, way, width).view(trials, batch * frames, width)
-            found += [torch.bmm(turned, rows), torch.bmm(turned, before), flat.sum(1), flat.sum(1)]
+            bias = flat.sum(1)
+            found += [torch.bmm(turned, rows), torch.bmm(turned, before), bias, bias]
             through = torch.bmm(flat, into[0]) if way == 0 else through.baddbmm_(flat, into[1])
         return (through.view_as(inputs), None, None, *found)
 

@@ -1,4 +1,4 @@
-"""The command that times: `bench probing`, `sweep`, `extraction`, `weighted-sum`, `dtw`, `encoders`, `kernels` and `table`."""
+"""The command that times: `bench probing`, `sweep`, `extraction`, the project's parts, encoders and kernels; and `bench table`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def add_commands(subparsers: Any) -> None:
     kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
     _add_probing(kinds)
     _add_parts(kinds)
+    _add_recurrence(kinds)
     _add_dtw(kinds)
     _add_encoders(kinds)
 
@@ -102,6 +103,25 @@ def _add_parts(kinds: Any) -> None:
     sweep.add_argument("--no-layers", action="store_true", help="leave --layer all out")
     sweep.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of one run")
     sweep.set_defaults(handler=run_sweep)
+
+
+def _add_recurrence(kinds: Any) -> None:
+    recurrence = kinds.add_parser(
+        "recurrence",
+        help="ASR's recurrent layers, all trials as one stack, beside torch's one after another",
+        description="Bidirectional LSTM layers of several trials, forward and backward.",
+    )
+    _common(recurrence, encoder=False)
+    recurrence.add_argument(
+        "--shape",
+        nargs=5,
+        type=int,
+        default=[5, 16, 250, 1024, 1024],
+        metavar=("N", "B", "T", "I", "H"),
+        help="trials, rows, frames, input, width (default: 5 16 250 1024 1024)",
+    )
+    _add_turns(recurrence, 5)
+    recurrence.set_defaults(handler=run_recurrence)
 
 
 def _add_dtw(kinds: Any) -> None:
@@ -235,6 +255,13 @@ def run_weighted_sum(args: argparse.Namespace) -> int:
     from superb_probe import bench_parts
 
     return _report(args, lambda folder: bench_parts.bench_weighted_sum(args), bench_parts.describe_weighted_sum, None)
+
+
+def run_recurrence(args: argparse.Namespace) -> int:
+    """Bench the recurrent layers of several trials."""
+    from superb_probe import bench_recurrence as bench
+
+    return _report(args, lambda folder: bench.bench_recurrence(args), bench.describe_recurrence, None)
 
 
 def run_dtw(args: argparse.Namespace) -> int:

@@ -184,11 +184,15 @@ def test_gradients_are_added_where_the_updater_looks(toy: SimpleNamespace) -> No
     assert [float(each.grad.sum()) for each in weights if each.grad is not None] == [0.0, 12.0, 30.0]
 
 
-@pytest.mark.parametrize(("width", "device", "stacks"), [(64, "cuda", True), (96, "cuda", False), (64, "cpu", False)])
-def test_only_heads_that_fit_the_kernels_are_stacked(
-    monkeypatch: pytest.MonkeyPatch, width: int, device: str, stacks: bool
+@pytest.mark.parametrize(
+    ("width", "device", "capability", "stacks"),
+    [(64, "cuda", (8, 0), True), (96, "cuda", (9, 0), False), (64, "cuda", (7, 5), False), (64, "cpu", (9, 0), False)],
+)
+def test_only_heads_and_devices_that_fit_the_kernels_are_stacked(
+    monkeypatch: pytest.MonkeyPatch, width: int, device: str, capability: tuple[int, int], stacks: bool
 ) -> None:
-    monkeypatch.setattr(recurrent_stack.kernels, "available", lambda: True)
+    monkeypatch.setattr(recurrence.kernels, "available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     heads = [BlstmCtc(4, ("<s>", "A"), width=width) for _ in range(2)]
     assert recurrent_stack.can_stack_recurrent(heads, torch.device(device)) is stacks
     assert not recurrent_stack.can_stack_recurrent([*heads, nn.Linear(1, 1)], torch.device(device))  # type: ignore[list-item]
