@@ -203,3 +203,12 @@ def test_the_grid_compares_families_and_contexts_seed_by_seed(load_tool: Callabl
         ("mamba less transformer, utterance", "document"): "-10.00 -13.00",
         ("mamba, document less utterance", "document"): "-2.00 -1.00",
     }
+
+
+def test_the_grid_gathers_every_seed_by_length(load_tool: Callable[[str], Any]) -> None:
+    def run(short: float, long: float) -> dict[str, Any]:
+        parts = [{"from_s": 2.0, "to_s": 4.0, "wer": short}], [{"from_s": 16.0, "to_s": 32.0, "wer": long}]
+        return {"test": [{"by_length": part} for part in reversed(parts)]}
+
+    found = load_tool("finetune_grid").against_length("mamba", [run(50.0, 60.0), run(52.0, 66.0)])
+    assert list(found.items()) == [(("mamba", 2.0, 4.0), [50.0, 52.0]), (("mamba", 16.0, 32.0), [60.0, 66.0])]

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,7 @@ def report(args: argparse.Namespace) -> None:
     """Print a row a cell and the differences of the families, and write OUT.csv and learning curves beside the runs."""
     rows: list[dict[str, Any]] = []
     scores: dict[tuple[str, str], list[float]] = {}
+    lengths: dict[tuple[str, float, float], list[float]] = {}
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {"dev_wer": {}, "loss": {}}
     for name in CELLS[args.plan]:
         folders = [args.out / f"{name.replace(', ', '-')}-{seed}" for seed in args.seed]
@@ -181,6 +184,7 @@ def report(args: argparse.Namespace) -> None:
             shared = {"cell": name, "test by": found[0]["test"][place]["context"]}
             minutes = sum(run["seconds"] for run in found) / 60 / len(found)
             rows.append(shared | summary(each) | {"minutes": minutes})
+        lengths.update(against_length(name, found))
         logs = [
             list(csv.DictReader((folder / LOG).open(encoding="utf-8")))
             for folder in folders
@@ -189,6 +193,11 @@ def report(args: argparse.Namespace) -> None:
         for column, lines in curves.items() if logs else ():
             steps = [float(row["step"]) for row in min(logs, key=len)]
             lines[name] = steps, [sum(float(log[k][column]) for log in logs) / len(logs) for k in range(len(steps))]
+    if args.plan == "length":
+        rows += [
+            {"cell": name, "test by": f"{low:g} to {high:g} s"} | summary(each)
+            for (name, low, high), each in lengths.items()
+        ]
     table = pd.DataFrame(rows + differences(scores))
     print(table.to_string(index=False, float_format="%.2f", na_rep=""))
     start = f"random weights of size {args.size or 'tiny'}" if args.random else "pre-trained weights"
@@ -196,8 +205,25 @@ def report(args: argparse.Namespace) -> None:
         Panel("Word error rate on dev", "update", "% (lower is better)", curves["dev_wer"]),
         Panel("Loss in training", "update", "CTC, a character", curves["loss"]),
     ]
+    if args.plan == "length":
+        lines: dict[str, tuple[list[float], list[float]]] = {}
+        for (name, low, high), each in lengths.items():
+            x, y = lines.setdefault(name, ([], []))
+            x.append(round(math.sqrt(low * high), 1))
+            y.append(sum(each) / len(each))
+        panels.append(Panel("On test, by length", "seconds of an input", "% (lower is better)", lines, log_x=True))
     for path in draw_panels(panels, table, args.out / "grid", f"{args.plan}: {start}, mean of {len(args.seed)} seeds"):
         print(path)
+
+
+def against_length(name: str, runs: Sequence[dict[str, Any]]) -> dict[tuple[str, float, float], list[float]]:
+    """Word error rates of every seed by the length of the input, from and to so many seconds; all contexts of the test."""
+    found: dict[tuple[str, float, float], list[float]] = {}
+    for run in runs:
+        for score in run["test"]:
+            for each in score["by_length"]:
+                found.setdefault((name, each["from_s"], each["to_s"]), []).append(each["wer"])
+    return dict(sorted(found.items(), key=lambda item: item[0][1]))
 
 
 def summary(values: list[float]) -> dict[str, Any]:
