@@ -21,7 +21,7 @@ def can_stack_recurrent(heads: Sequence[Head], device: torch.device) -> bool:
     """Whether heads are recurrent ones that this machine trains as one stack."""
     if not all(isinstance(head, BlstmCtc) for head in heads) or not can_launch(device):
         return False
-    return all(rnn.hidden_size % UNIT_BLOCK == 0 for head in heads for rnn in head.rnns)  # type: ignore[attr-defined, union-attr]
+    return all(rnn.hidden_size % UNIT_BLOCK == 0 for head in heads for rnn in head.rnns)  # type: ignore[union-attr]
 
 
 def consecutive(numbers: Sequence[int], most: int) -> Iterator[slice]:
@@ -80,7 +80,7 @@ class BlstmStack:
             total.add_(done.grad)
             done.grad = None
 
-        leaf.register_post_accumulate_grad_hook(add)
+        leaf.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
         return leaf
 
     def _logits(
@@ -100,7 +100,7 @@ class BlstmStack:
 def _augmented(runner: Runner, frames: Tensor, num_frames: Tensor) -> Tensor:
     head = runner.probe.head
     assert isinstance(head, BlstmCtc)
-    return frames if head.augment is None else head.augment(frames, num_frames)  # type: ignore[no-any-return]
+    return frames if head.augment is None else head.augment(frames, num_frames)
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
