@@ -96,7 +96,7 @@ class _Blstm(torch.autograd.Function):
         for number in reversed(range(frames)):
             step(number, gates, cells, slope, carried, recurrent, num_frames)
         rows = inputs.reshape(trials, batch * frames, size)
-        through = torch.empty_like(rows)
+        through = torch.zeros_like(rows)
         found: list[Tensor] = []
         for way in range(2):
             flat = gates[:, way].reshape(trials, batch * frames, -1)
@@ -104,7 +104,7 @@ class _Blstm(torch.autograd.Function):
             before = _before(output, way, width).view(trials, batch * frames, width)
             bias = flat.sum(1)
             found += [torch.bmm(turned, rows), torch.bmm(turned, before), bias, bias]
-            through = torch.bmm(flat, into[0]) if way == 0 else through.baddbmm_(flat, into[1])
+            through.baddbmm_(flat, into[way])
         return (through.view_as(inputs), None, None, *found)
 
 

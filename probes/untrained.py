@@ -23,8 +23,7 @@ from superb_probe.upstreams.base import UpstreamInfo
 
 QUERY, DOCUMENT = "query", "document"
 LEAST_DEVIATION = 1e-9
-# Padded states of one batch of documents: 128 MiB in float32, and 1 GiB on a GPU, where a search of any size takes the same launches.
-BATCH_FLOATS = {"cpu": 2**25, "cuda": 2**28}
+BATCH_FLOATS = 2**25  # padded states of one batch of documents: 128 MiB in float32
 HEAD_OPTIONS = ("distance",)
 
 
@@ -113,7 +112,7 @@ def search_split(states: States, manifest: Manifest, distance: str = "cosine_exp
     rows = {role: [n for n, u in enumerate(manifest) if u.labels["role"] == role] for role in (QUERY, DOCUMENT)}
     lengths = [states.num_frames[row] for row in rows[DOCUMENT]]
     one = states.batch([0])[0]
-    room = max(1, BATCH_FLOATS[one.device.type] // (one.shape[0] * one.shape[3]))
+    room = max(1, BATCH_FLOATS // (one.shape[0] * one.shape[3]))
     batches = [[rows[DOCUMENT][number] for number in batch] for batch in evaluation_batches(lengths, room)]
     place = {row: number for number, row in enumerate(rows[DOCUMENT])}
     with torch.inference_mode():

@@ -4,8 +4,8 @@
     python tools/finetune_grid.py length --manifest speech/train.tsv speech/dev.tsv speech/test.tsv --root speech ...
 
 Train holds every train table of mini that has a text, and the pack's clips that have theirs; dev and test are mini's sentences. A
-document is a voice's utterances in order, ten at most; voices with fewer are joined with the next of their corpus, so that a document
-of LibriSpeech's pack, which has one utterance a reader, has several voices.
+document is ten utterances in a row of a corpus sorted by voice: of one voice in test, where each has ten, of several where voices
+have fewer.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def slow_search(states: FakeStates, layer: int, ddof: int = 1, standard: bool = 
 
 @pytest.mark.parametrize("room", [1, 2**25])
 def test_all_layers_at_once_equal_one_pair_at_a_time(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untrained, "BATCH_FLOATS", {"cpu": room})
+    monkeypatch.setattr(untrained, "BATCH_FLOATS", room)
     states = FakeStates(manifest().ids)
     found = search_split(states, manifest())  # type: ignore[arg-type]
     for layer in range(LAYERS):
