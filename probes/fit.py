@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from superb_probe.downstreams.base import Budget, Fold, FrameGrid, LabelSet, Score, Split, Task
+from superb_probe.probes.draws import Composed, Draws
 from superb_probe.probes.evaluate import evaluate
 from superb_probe.probes.plan import Trial
 from superb_probe.probes.runner import Probe, Runner, random_state, selecting, set_random_state
 from superb_probe.probes.states import States
 from superb_probe.probes.store import FeatureStore
-from superb_probe.probes.training import Company, Composed, Draws, make_company
+from superb_probe.probes.training import Company, make_company
 from superb_probe.upstreams.base import UpstreamInfo
 
 HOPELESS_AFTER = 0.25  # of the updates, before a trial can be given up

@@ -35,6 +35,13 @@ def available() -> bool:
     return True
 
 
+def can_multiply(device: torch.device) -> bool:
+    """Whether products in kernels run on a device: an NVIDIA GPU whose matrix units take tf32, with a Triton that compiles."""
+    if device.type != "cuda" or torch.version.hip or not available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def mix(mixture: Tensor, states: Tensor) -> Tensor:
     """(N, E) mixtures (N, L) of layers (L, E) of any float type, in float32: every layer is read once.
 
@@ -205,6 +212,22 @@ if triton is not None:
             tl.store(parts + (block * trials + row) * LAYERS + layer, product, mask=row < trials)
 
     @triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
+    def adam_at(  # type: ignore[no-untyped-def]
+        place, inside, slope, values, first, second, factors, trial, trials, beta1, beta2, rest1, rest2, epsilon
+    ):
+        """Adam where `inside`; `factors` are those of `adam`."""
+        slope *= tl.load(factors + trial)
+        step = tl.load(factors + trials + trial)
+        root = tl.load(factors + 2 * trials + trial)
+        keep = tl.load(factors + 3 * trials + trial)
+        mean = beta1 * tl.load(first + place, mask=inside, other=0.0) + rest1 * slope
+        square = beta2 * tl.load(second + place, mask=inside, other=0.0) + rest2 * slope * slope
+        value = tl.load(values + place, mask=inside, other=0.0) * keep
+        tl.store(first + place, mean, mask=inside)
+        tl.store(second + place, square, mask=inside)
+        tl.store(values + place, value - step * mean / (tl.sqrt(square) / root + epsilon), mask=inside)
+
+    @triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
     def _adam(  # type: ignore[no-untyped-def]
         values,
         gradients,
@@ -226,17 +249,10 @@ if triton is not None:
             place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
             inside = place < size
             place += trial.to(tl.int64) * size
-            scale = tl.load(factors + trial)
-            step = tl.load(factors + trials + trial)
-            root = tl.load(factors + 2 * trials + trial)
-            keep = tl.load(factors + 3 * trials + trial)
-            slope = tl.load(gradients + place, mask=inside, other=0.0) * scale
-            mean = beta1 * tl.load(first + place, mask=inside, other=0.0) + rest1 * slope
-            square = beta2 * tl.load(second + place, mask=inside, other=0.0) + rest2 * slope * slope
-            value = tl.load(values + place, mask=inside, other=0.0) * keep
-            tl.store(first + place, mean, mask=inside)
-            tl.store(second + place, square, mask=inside)
-            tl.store(values + place, value - step * mean / (tl.sqrt(square) / root + epsilon), mask=inside)
+            slope = tl.load(gradients + place, mask=inside, other=0.0)
+            adam_at(
+                place, inside, slope, values, first, second, factors, trial, trials, beta1, beta2, rest1, rest2, epsilon
+            )
 
     @triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
     def _decide(  # type: ignore[no-untyped-def]

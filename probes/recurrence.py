@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superb_probe.probes import kernels
-
 try:
     import triton  # type: ignore[import-not-found, unused-ignore]
     import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
@@ -29,13 +27,6 @@ UNIT_BLOCK = 64  # widths are multiples of it
 FORWARD = {"UNITS": 32, "INNER": 32, "num_warps": 4, "num_stages": 5}
 BACKWARD = {"UNITS": 32, "INNER": 64, "num_warps": 4, "num_stages": 4}
 PRECISION = "tf32x3"
-
-
-def can_launch(device: torch.device) -> bool:
-    """Whether the kernels run on a device: an NVIDIA GPU whose matrix units take tf32, with a Triton that compiles."""
-    if device.type != "cuda" or torch.version.hip or not kernels.available():
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def blstm(inputs: Tensor, num_frames: Tensor, weights: list[Tensor], *, plain: bool = False) -> Tensor:
@@ -202,6 +193,16 @@ if triton is not None:
         level = (1.0 - fallen) / (1.0 + fallen)
         return tl.where(value < 0, -level, level)
 
+    @triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
+    def _rows(num_frames, number, batch, way, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+        # The rows, which there are, their lengths, which have such a step, where it stands, and the one before it.
+        row = tl.arange(0, ROWS)
+        there = row < batch
+        length = tl.load(num_frames + row, mask=there, other=0)
+        valid = there & (number < length)
+        place = tl.where((way == 1) & valid, length - 1 - number, number)
+        return row, there, length, valid, place, tl.where(way == 1, place + 1, place - 1)
+
     @triton.jit(do_not_specialize=["number"])  # type: ignore[untyped-decorator, misc, unused-ignore]
     def _forward_step(  # type: ignore[no-untyped-def]
         gates, cells, output, recurrent, num_frames, number, batch, frames, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -210,12 +211,7 @@ if triton is not None:
         which = tl.program_id(0).to(tl.int64)  # trial and direction
         trial, way = which // 2, which % 2
         unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-        row = tl.arange(0, ROWS)
-        there = row < batch
-        length = tl.load(num_frames + row, mask=there, other=0)
-        valid = there & (number < length)
-        place = tl.where((way == 1) & valid, length - 1 - number, number)
-        before = tl.where(way == 1, place + 1, place - 1)
+        row, there, _, valid, place, before = _rows(num_frames, number, batch, way, ROWS)
         has = (valid & (number > 0))[:, None]
         states = output + (((trial * frames + before) * batch + row) * 2 + way)[:, None] * WIDTH
         weights = recurrent + which * 4 * WIDTH * WIDTH + unit[None, :].to(tl.int64) * WIDTH
@@ -257,12 +253,7 @@ if triton is not None:
         which = tl.program_id(0).to(tl.int64)
         trial, way = which // 2, which % 2
         unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-        row = tl.arange(0, ROWS)
-        there = row < batch
-        length = tl.load(num_frames + row, mask=there, other=0)
-        valid = there & (number < length)
-        place = tl.where((way == 1) & valid, length - 1 - number, number)
-        before = tl.where(way == 1, place + 1, place - 1)
+        row, there, length, valid, place, before = _rows(num_frames, number, batch, way, ROWS)
         after = tl.where(way == 1, place - 1, place + 1)
         follows = (there & (number + 1 < length))[:, None]
         has = (valid & (number > 0))[:, None]

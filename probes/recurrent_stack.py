@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from superb_probe.downstreams.base import Batch, Head
+from superb_probe.probes import kernels
 from superb_probe.probes.ctc import BlstmCtc, ctc_losses
-from superb_probe.probes.recurrence import UNIT_BLOCK, blstm, can_launch
+from superb_probe.probes.recurrence import UNIT_BLOCK, blstm
 from superb_probe.probes.runner import Runner, random_state, set_random_state
 from superb_probe.probes.update import StackedUpdater
 
@@ -19,7 +20,7 @@ LSTM_PLACES = 8  # parameters of a bidirectional layer
 
 def can_stack_recurrent(heads: Sequence[Head], device: torch.device) -> bool:
     """Whether heads are recurrent ones that this machine trains as one stack."""
-    if not all(isinstance(head, BlstmCtc) for head in heads) or not can_launch(device):
+    if not all(isinstance(head, BlstmCtc) for head in heads) or not kernels.can_multiply(device):
         return False
     return all(rnn.hidden_size % UNIT_BLOCK == 0 for head in heads for rnn in head.rnns)  # type: ignore[union-attr]
 

@@ -3,123 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from superb_probe.downstreams.base import Batch, Budget
-from superb_probe.errors import RequestError
 from superb_probe.probes import kernels
-from superb_probe.probes.batches import class_weights, collate, s3prl_batches, training_batches
 from superb_probe.probes.ctc import BlstmCtc
+from superb_probe.probes.draws import Draws
 from superb_probe.probes.heads import UtteranceLinear
+from superb_probe.probes.mean_update import MeanUpdate, fits
 from superb_probe.probes.recurrent_stack import ROWS_TOGETHER, BlstmStack, can_stack_recurrent, consecutive
 from superb_probe.probes.runner import Runner, random_state, set_random_state
 from superb_probe.probes.stacked import LinearStack, can_stack, class_losses, token_losses
 from superb_probe.probes.states import States
 from superb_probe.probes.update import StackedUpdater
 from superb_probe.probes.weighted_sum import Mixer, mix, mixture_gradient
-from superb_probe.upstreams.base import UpstreamInfo
 
 GRAPH_UPDATES = 50  # updates that a GPU runs without the host
-
-
-@dataclass(frozen=True, slots=True)
-class Composed:
-    """How s3prl puts the training batches of a task together.
-
-    Attributes:
-        kind: as `S3prlBatches.train` says.
-        num_samples: of each training utterance.
-    """
-
-    kind: str
-    num_samples: Sequence[int]
-
-
-def label_length(target: Mapping[str, Tensor]) -> int:
-    """Tokens of a target; 1 where it is a class.
-
-    >>> label_length({"tokens": torch.zeros(7)})
-    7
-    """
-    return max((len(value) if value.ndim else 1) for value in target.values())
-
-
-class Draws:
-    """The training batches of one seed, without end.
-
-    Attributes:
-        targets: of every training utterance, permuted across them under the control "shuffle".
-        crops: draws crops.
-    """
-
-    def __init__(
-        self,
-        states: States,
-        targets: Sequence[Mapping[str, Tensor]],
-        seed: int,
-        budget: Budget,
-        info: UpstreamInfo,
-        control: str | None,
-        composed: Composed | None = None,
-    ) -> None:
-        """Every seed has its own order and its own crops; `composed` puts batches together as s3prl does."""
-        self.crops = torch.Generator().manual_seed(seed + 2**32)
-        if control == "shuffle":
-            mixed = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed + 2**33)).tolist()
-            targets = [targets[row] for row in mixed]
-        elif control is not None:
-            raise RequestError(f"unknown control {control!r}. Fix: shuffle")
-        self.targets = targets
-        self._states = states
-        self._ahead: list[int] = []
-        self._coming: list[tuple[list[int], int]] = []
-        self._max_frames: int | None = None
-        if budget.max_crop_s is not None and max(states.num_frames) > 1:
-            self._max_frames = int(budget.max_crop_s * info.sample_rate_hz) // info.hop_samples
-        weights = class_weights([int(target[budget.balance]) for target in targets]) if budget.balance else None
-        similar = self._max_frames is None and len(set(states.num_frames)) > 1
-        order = torch.Generator().manual_seed(seed)
-        if composed is not None and composed.kind != "shuffled":
-            labels = [label_length(target) for target in targets]
-            self.rows = s3prl_batches(composed.kind, composed.num_samples, labels, budget.batch, order)
-            return
-        similar = similar and composed is None
-        self.rows = training_batches(states.num_frames, budget.batch, order, similar=similar, weights=weights)
-
-    def batch(self) -> tuple[Tensor, Batch]:
-        """The next batch: states (L, B, T, D) and targets; the one after it is announced to the store."""
-        rows = self._ahead or next(self.rows)
-        self._ahead = next(self.rows)
-        self._states.prefetch(self._ahead)
-        return self._of(rows)
-
-    def update(self, count: int) -> Iterator[tuple[Tensor, Batch, int]]:
-        """The batches of one update, joined into one where they are equally large, and how many each holds; as `batch` else.
-
-        Crops and order are those of the same batches one by one.
-        """
-        parts = self._coming or self._parts(count)
-        self._coming = self._parts(count)
-        for rows, _ in self._coming:
-            self._states.prefetch(rows)
-        for rows, held in parts:
-            yield (*self._of(rows), held)
-
-    def _parts(self, count: int) -> list[tuple[list[int], int]]:
-        batches = [next(self.rows) for _ in range(count)]
-        joined = [row for rows in batches for row in rows]
-        even = len({len(rows) for rows in batches}) == 1
-        # an utterance that is there twice has two crops, and the store gives one of each name
-        return [(joined, count)] if even and len(set(joined)) == len(joined) else [(rows, 1) for rows in batches]
-
-    def _of(self, rows: Sequence[int]) -> tuple[Tensor, Batch]:
-        states, num_frames = self._states.batch(rows, self._max_frames, self.crops)
-        ids = [self._states.ids[row] for row in rows]
-        return states, collate(ids, num_frames, [self.targets[row] for row in rows])
 
 
 class Company(ABC):
@@ -320,7 +222,8 @@ class FrameStack(Company):
 class MeanStack(Company):
     """Linear heads on means that are all on the device (`UtteranceLinear`): an update is an index into them.
 
-    Batches of one update become one, each row weighted by what it counts. On a GPU, `GRAPH_UPDATES` updates are one CUDA graph.
+    Batches of one update become one, each row weighted by what it counts. On a GPU, `GRAPH_UPDATES` updates are one CUDA graph,
+    and each is a few launches of its own where `mean_update.fits` says so.
     """
 
     stride = GRAPH_UPDATES
@@ -351,6 +254,9 @@ class MeanStack(Company):
         self._seed_of = torch.tensor(seeds, device=self.device)
         self._seeds = torch.arange(len(self.groups), device=self.device)[:, None]
         self._even = len({group.stop - group.start for _, group in self.groups}) == 1
+        inputs = self._means, self._targets, self._seed_of, self._sizes, self._rows
+        whole = fits(self.updater, self._rows, self.device)
+        self._whole = MeanUpdate(self.updater, self.mixer, *inputs) if whole else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._planned: tuple[Tensor, Tensor] | None = None
 
@@ -400,6 +306,9 @@ class MeanStack(Company):
 
     def _update(self, index: Tensor, weights: Tensor) -> None:
         """One update from places (seeds, R, 2) and the rows' weights (R,), without the host."""
+        if self._whole is not None:
+            self._whole(index, weights)
+            return
         utterances, means = index.unbind(2)
         states = self._means.index_select(1, means.flatten()).float()
         states = states.view(len(states), len(means), -1).transpose(0, 1)  # (seeds, L, R * D)

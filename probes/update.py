@@ -29,6 +29,8 @@ class StackedUpdater:
     Attributes:
         values: (N, P) the trained numbers of every trial.
         gradients: (N, P) theirs; whoever computes them adds to them, `step` does not clear them.
+        first: (N, P) Adam's first moments.
+        second: (N, P) its second.
         running: (N,) trials that are still updated.
         stopped_at: (N,) the update whose loss was not finite, 0 where there was none.
         stopped_loss: (N,) that loss.
@@ -56,7 +58,7 @@ class StackedUpdater:
         self.offsets = [sum(sizes[:number]) for number in range(len(sizes))]
         device, count = rows[0][0].device, len(rows)
         self.values = torch.zeros(count, sum(sizes), device=device)
-        self.gradients, self._first, self._second = (torch.zeros_like(self.values) for _ in range(3))
+        self.gradients, self.first, self.second = (torch.zeros_like(self.values) for _ in range(3))
         for number, row in enumerate(rows):
             for place, parameter in enumerate(row):
                 self.stacked(place)[number].copy_(parameter.detach())
@@ -78,7 +80,7 @@ class StackedUpdater:
     def state(self) -> list[Tensor]:
         """All tensors that an update changes."""
         return [
-            self.values, self.gradients, self._first, self._second, self.running, self.stopped_at, self.stopped_loss,
+            self.values, self.gradients, self.first, self.second, self.running, self.stopped_at, self.stopped_loss,
             self.skipped, self.count, self._taken,
         ]  # fmt: skip
 
@@ -94,7 +96,9 @@ class StackedUpdater:
         """
         norms: Tensor = torch.linalg.vector_norm(self.gradients, dim=1)
         if self.values.is_cuda and kernels.available():
-            self._step_on_gpu(norms, losses)
+            factors, made = self.decide(norms, losses)
+            betas = BETA1, BETA2
+            kernels.adam(self.values, self.gradients, self.first, self.second, factors, made, betas, EPS)
             return norms
         self.count += 1
         lost = self.running & ~losses.isfinite()
@@ -111,12 +115,18 @@ class StackedUpdater:
             self._adam_by_rows(made.tolist(), scales.tolist())
         return norms
 
-    def _step_on_gpu(self, norms: Tensor, losses: Tensor) -> None:
-        """`step` in two launches."""
+    def decide(self, norms: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """What `step` does before Adam, by a launch of a GPU.
+
+        Args:
+            norms: (N,) of the gradients.
+            losses: (N,) of this update.
+
+        Returns:
+            Factors (4, N) and which trials are updated (N,), as `kernels.adam` takes them.
+        """
         decided = [self.running, self.stopped_at, self.stopped_loss, self.skipped, self.count, self._taken]
-        betas = BETA1, BETA2
-        factors, made = kernels.decide(norms, losses, decided, self._rates, self.clip, self.decay, betas)
-        kernels.adam(self.values, self.gradients, self._first, self._second, factors, made, betas, EPS)
+        return kernels.decide(norms, losses, decided, self._rates, self.clip, self.decay, (BETA1, BETA2))
 
     def _adam_by_rows(self, made: Sequence[bool], scales: Sequence[float]) -> None:
         """Trial after trial, each in one pass over its numbers."""
@@ -127,7 +137,7 @@ class StackedUpdater:
             if scale < 1:
                 self.gradients[row].mul_(scale)
             update(
-                [self.values[row]], [self.gradients[row]], [self._first[row]], [self._second[row]], [], [self._taken[row]],
+                [self.values[row]], [self.gradients[row]], [self.first[row]], [self.second[row]], [], [self._taken[row]],
                 lr=self.lr[row], beta1=BETA1, beta2=BETA2, weight_decay=self.decay, eps=EPS, amsgrad=False, maximize=False,
             )  # fmt: skip
 
@@ -148,9 +158,9 @@ class StackedUpdater:
         gradients = torch.where(made, self.gradients, 0.0).mul_(scale)
         if self.decay:
             self.values.mul_(keep)
-        self._first.mul_(keep1).addcmul_(gradients, take1)
-        self._second.mul_(keep2).addcmul_(gradients * take2, gradients)
-        self.values.sub_((self._first * step).div_(self._second.sqrt().div_(root).add_(EPS)))
+        self.first.mul_(keep1).addcmul_(gradients, take1)
+        self.second.mul_(keep2).addcmul_(gradients * take2, gradients)
+        self.values.sub_((self.first * step).div_(self.second.sqrt().div_(root).add_(EPS)))
 
 
 class Updater:

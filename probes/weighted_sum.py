@@ -83,6 +83,8 @@ class Mixer:
     Attributes:
         weights: (N, L) before the softmax; rows of trials that read a single layer are not used.
         any_learnt: whether there is a mixture to learn.
+        learnt: (N, 1) trials that have one.
+        single: (N, L) ones where a trial reads a single layer.
     """
 
     def __init__(self, weights: Tensor, layers: Sequence[int | None]) -> None:
@@ -90,8 +92,8 @@ class Mixer:
         self.weights = weights
         self._layers = tuple(layers)
         chosen = torch.tensor([layer or 0 for layer in layers], dtype=torch.long, device=weights.device)
-        self._single = nn.functional.one_hot(chosen, weights.shape[1]).to(weights.dtype)
-        self._learnt = torch.tensor([[layer is None] for layer in layers], device=weights.device)
+        self.single = nn.functional.one_hot(chosen, weights.shape[1]).to(weights.dtype)
+        self.learnt = torch.tensor([[layer is None] for layer in layers], device=weights.device)
         self.any_learnt = None in self._layers and weights.shape[1] > 1  # the softmax of one weight is one
 
     def part(self, trials: Sequence[int]) -> Mixer:
@@ -104,13 +106,13 @@ class Mixer:
         >>> Mixer(torch.zeros(2, 2), (None, 1)).mixture().tolist()
         [[0.5, 0.5], [0.0, 1.0]]
         """
-        return torch.where(self._learnt, self.weights.detach().softmax(1), self._single)
+        return torch.where(self.learnt, self.weights.detach().softmax(1), self.single)
 
     def gradient(self, mixture: Tensor, gradient: Tensor) -> Tensor:
         """(N, L) gradient of `weights` from that of the mixture; zero for single layers."""
         weighted = mixture * gradient
         through = weighted - mixture * weighted.sum(1, keepdim=True)
-        return torch.where(self._learnt, through, 0.0)
+        return torch.where(self.learnt, through, 0.0)
 
 
 def mix(mixture: Tensor, states: Tensor) -> Tensor:

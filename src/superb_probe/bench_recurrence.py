@@ -14,7 +14,8 @@ from superb_probe.bench_race import cost, race
 from superb_probe.engine_ask import choose_device
 from superb_probe.engine_record import exact_arithmetic
 from superb_probe.errors import RequestError
-from superb_probe.probes.recurrence import GATES, UNIT_BLOCK, blstm, can_launch
+from superb_probe.probes.kernels import can_multiply
+from superb_probe.probes.recurrence import GATES, UNIT_BLOCK, blstm
 
 LAYERS = 2
 SHAPE = ("trials", "batch", "frames", "input", "width")
@@ -34,7 +35,7 @@ def bench_recurrence(args: argparse.Namespace) -> dict[str, Any]:
             f"--shape {' '.join(map(str, shape))}: positive numbers, the last one a multiple of {UNIT_BLOCK}"
         )
     device = choose_device(args.device)
-    plain = not can_launch(device)
+    plain = not can_multiply(device)
     stacked, one = _sides(shape, device, plain=plain)
     with exact_arithmetic(device):
         pairs = list(zip(stacked(), one(0), strict=True))

@@ -20,7 +20,7 @@ from superb_probe.downstreams.load import load_folds, load_task
 from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.errors import RequestError
 from superb_probe.probes.batches import class_weights, training_batches
-from superb_probe.probes.training import Draws
+from superb_probe.probes.draws import Draws
 
 
 def manifest(name: str, column: str, *labels: str, corpus: str = "", **more: list[str]) -> Manifest:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from superb_probe.probes.draws import Draws
 from superb_probe.probes.fit import FitResult
-from superb_probe.probes.training import Draws
 from superb_probe.probes.xvector import XVector
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from superb_probe.probes import recurrence, recurrent_stack, training
+from superb_probe.probes import kernels, recurrence, recurrent_stack, training
 from superb_probe.probes.ctc import BlstmCtc, greedy_ids
 from superb_probe.probes.fit import FitResult
 from superb_probe.probes.recurrence import blstm
@@ -182,7 +182,7 @@ def test_gradients_are_added_where_the_updater_looks(toy: SimpleNamespace) -> No
 def test_only_heads_and_devices_that_fit_the_kernels_are_stacked(
     monkeypatch: pytest.MonkeyPatch, width: int, device: str, capability: tuple[int, int], stacks: bool
 ) -> None:
-    monkeypatch.setattr(recurrence.kernels, "available", lambda: True)
+    monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     heads = [BlstmCtc(4, ("<s>", "A"), width=width) for _ in range(2)]
     assert recurrent_stack.can_stack_recurrent(heads, torch.device(device)) is stacks

@@ -13,6 +13,7 @@ from torch import Tensor
 from superb_probe.downstreams.base import Batch
 from superb_probe.probes import training as training_module
 from superb_probe.probes import update as update_module
+from superb_probe.probes.batches import training_batches
 from superb_probe.probes.ctc import FrameCtc, FrameLogits
 from superb_probe.probes.fit import FitResult
 from superb_probe.probes.heads import UtteranceLinear
@@ -103,7 +104,7 @@ def shared_norm(updater: Any, losses: Tensor) -> Tensor:
 
 def shared_moments(updater: Any, made: Any, scales: Any) -> None:
     """A mutant of Adam: trials share the second moment."""
-    updater._second.copy_(updater._second.mean(0, keepdim=True).expand_as(updater._second))
+    updater.second.copy_(updater.second.mean(0, keepdim=True).expand_as(updater.second))
     BY_ROWS(updater, made, scales)
 
 
@@ -154,7 +155,7 @@ def planner_of_means() -> Any:
 
     def draws(seed: int) -> SimpleNamespace:
         order = torch.Generator().manual_seed(seed)
-        rows = training_module.training_batches([1] * 70, 32, order, similar=False)
+        rows = training_batches([1] * 70, 32, order, similar=False)
         return SimpleNamespace(rows=rows, crops=torch.Generator().manual_seed(seed))
 
     stack: Any = training_module.MeanStack.__new__(training_module.MeanStack)
