@@ -148,35 +148,6 @@ def decide(
     return factors, made
 
 
-def class_losses(
-    logits: Tensor, targets: Tensor, utterances: Tensor, seed_of: Tensor, sizes: Sequence[int], weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`stacked.class_losses` with the targets looked up on the way.
-
-    Args:
-        logits: (N, R, C) of all slots, one slot after the other.
-        targets: (seeds, U, slots) class ids of every utterance.
-        utterances: (seeds, R) which utterances the rows are.
-        seed_of: (N,) which seed a trial has.
-        sizes: classes of each slot.
-        weights: (R,) of the rows.
-
-    Returns:
-        (N,) losses and (N, R, C) gradients of the logits.
-    """
-    trials, rows, classes = logits.shape
-    gradients = torch.empty_like(logits)
-    parts = torch.empty(len(sizes), trials, rows, device=logits.device)
-    start = 0
-    for slot, size in enumerate(sizes):
-        _class_losses[(trials, rows)](
-            logits, gradients, parts[slot], targets, utterances, seed_of, weights, start, size, classes, rows, slot,
-            targets.shape[1], len(sizes), utterances.stride(0), utterances.stride(1), triton.next_power_of_2(size),
-        )  # fmt: skip
-        start += size
-    return parts.sum((0, 2)), gradients
-
-
 def _block(trials: int) -> int:
     return max(128, BLOCK // int(triton.next_power_of_2(trials)))
 
@@ -285,25 +256,3 @@ if triton is not None:
         tl.store(factors + trials + row, (rate / (1.0 - tl.exp(exponent * log1))).to(tl.float32), mask=inside)
         tl.store(factors + 2 * trials + row, tl.sqrt(1.0 - tl.exp(exponent * log2)).to(tl.float32), mask=inside)
         tl.store(factors + 3 * trials + row, (1.0 - rate * decay).to(tl.float32), mask=inside)
-
-    @triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
-    def _class_losses(  # type: ignore[no-untyped-def]
-        logits, gradients, parts, targets, utterances, seed_of, weights, start, size, classes, rows, slot, count, slots,
-        seed_stride, row_stride, BLOCK: tl.constexpr
-    ):  # fmt: skip
-        trial, row = tl.program_id(0), tl.program_id(1)
-        seed = tl.load(seed_of + trial)
-        utterance = tl.load(utterances + seed * seed_stride + row * row_stride)
-        right = tl.load(targets + (seed * count + utterance) * slots + slot)
-        weight = tl.load(weights + row)
-        number = tl.arange(0, BLOCK)
-        inside = number < size
-        place = (trial * rows + row) * classes + start + number
-        score = tl.load(logits + place, mask=inside, other=-float("inf"))
-        score = score - tl.max(score, axis=0)
-        power = tl.exp(score)
-        total = tl.sum(power, axis=0)
-        mine = number == right
-        loss = tl.log(total) - tl.sum(tl.where(mine, score, 0.0), axis=0)
-        tl.store(parts + trial * rows + row, loss * weight)
-        tl.store(gradients + place, (power / total - tl.where(mine, 1.0, 0.0)) * weight, mask=inside)

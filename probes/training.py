@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from superb_probe.downstreams.base import Batch, Budget
-from superb_probe.probes import kernels
 from superb_probe.probes.ctc import BlstmCtc
 from superb_probe.probes.draws import Draws
 from superb_probe.probes.heads import UtteranceLinear
@@ -314,22 +313,14 @@ class MeanStack(Company):
         states = states.view(len(states), len(means), -1).transpose(0, 1)  # (seeds, L, R * D)
         mixture = self.mixer.mixture()
         mixed = self._by_seed(mixture, states).view(len(mixture), means.shape[1], -1)
-        if mixed.is_cuda and kernels.available():
-            everyone = self._stack.chunks[0]
-            hidden, logits = self._stack.forward(mixed, everyone)
-            lookup = self._targets, utterances, self._seed_of
-            losses, gradient = kernels.class_losses(logits, *lookup, self._sizes, weights)
-            slopes = self._stack.backward(mixed, hidden, gradient, everyone, add=False)
-            through = self._stack.through(slopes, everyone) if self.mixer.any_learnt else mixed
-        else:
-            targets = self._targets[self._seeds, utterances][self._seed_of]
-            through, losses = torch.empty_like(mixed), mixed.new_empty(len(mixed))
-            for part in self._stack.chunks:
-                hidden, logits = self._stack.forward(mixed[part], part)
-                losses[part], gradient = class_losses(logits, targets[part], self._sizes, weights)
-                slopes = self._stack.backward(mixed[part], hidden, gradient, part, add=False)
-                if self.mixer.any_learnt:
-                    through[part] = self._stack.through(slopes, part)
+        targets = self._targets[self._seeds, utterances][self._seed_of]
+        through, losses = torch.empty_like(mixed), mixed.new_empty(len(mixed))
+        for part in self._stack.chunks:
+            hidden, logits = self._stack.forward(mixed[part], part)
+            losses[part], gradient = class_losses(logits, targets[part], self._sizes, weights)
+            slopes = self._stack.backward(mixed[part], hidden, gradient, part, add=False)
+            if self.mixer.any_learnt:
+                through[part] = self._stack.through(slopes, part)
         if self.mixer.any_learnt:
             products = self._products(through, states)
             self.updater.stacked(0, self.updater.gradients).copy_(self.mixer.gradient(mixture, products))

@@ -40,6 +40,7 @@ from superb_probe.bench_peer import (
 )
 from superb_probe.cli import main
 from superb_probe.downstreams.load import load_task
+from superb_probe.downstreams.manifest import Manifest
 from superb_probe.downstreams.mini import mini_root
 from superb_probe.errors import CheckError, RequestError
 from superb_probe.upstreams.base import LayerStates
@@ -413,6 +414,19 @@ def test_sweep_ratios(ic: BenchCorpus) -> None:
     result["fewer_updates"] = {"updates": 100, "fit_s": 9.0}  # so 0.01 s an update, and 8 s once
     found = bench_parts.sweep_ratios(result, ic)
     assert found["at_superb_sizes"]["sweep_s"] == pytest.approx(pass_s + 0.01 * 200_000 + 8.0 + 2.0)
+
+
+def test_a_sweep_of_a_real_corpus_s_classes(tmp_path: Path) -> None:
+    corpus = choose_corpus(load_task("sid"), 30, tmp_path)
+    labelled = bench_parts.with_classes(corpus, 7)
+    for split, manifest in labelled.fold.manifests.items():
+        assert {each.labels["speaker"] for each in manifest} == {f"class {number}" for number in range(7)}
+        written = Manifest.read(labelled.manifests[str(split)], labelled.root)
+        assert [each.labels for each in written] == [each.labels for each in manifest]
+        assert [each.audio for each in manifest] == [each.audio for each in corpus.fold.manifests[split]]
+    for task, classes in (("sid", 31), ("sid", 1), ("ic", 7)):
+        with pytest.raises(RequestError, match=f"--classes {classes}.*Fix"):
+            bench_parts.with_classes(choose_corpus(load_task(task), 30, tmp_path), classes)
 
 
 def test_wrong_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

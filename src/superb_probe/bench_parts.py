@@ -160,6 +160,30 @@ def _copied_corpus(corpus: BenchCorpus, copies: int) -> BenchCorpus:
     return replace(corpus, fold=replace(corpus.fold, manifests=manifests))
 
 
+def with_classes(corpus: BenchCorpus, classes: int) -> BenchCorpus:
+    """A corpus with so many classes, for heads of a real one's size: labels by place in the manifest, scores mean nothing.
+
+    Raises:
+        RequestError: for a task with several labels, or more classes than utterances of train.
+    """
+    train = corpus.fold.manifests["train"]
+    slots = list(corpus.task.labels(train).classes)
+    if slots != list(corpus.task.info.label_columns) or not 2 <= classes <= len(train):
+        raise RequestError(
+            f"--classes {classes}: {corpus.task.info.name} has labels {', '.join(slots)} and {len(train)} training utterances. "
+            "Fix: a task with one class an utterance, and 2 to as many classes as utterances (--copies N makes more)"
+        )
+    manifests = {}
+    for split, manifest in corpus.fold.manifests.items():
+        labelled = [
+            replace(utterance, labels={**utterance.labels, slots[0]: f"class {row % classes}"})
+            for row, utterance in enumerate(manifest)
+        ]
+        manifests[split] = Manifest(labelled, manifest.root, manifest.name)
+        manifests[split].write(corpus.manifests[str(split)])
+    return replace(corpus, fold=replace(corpus.fold, manifests=manifests))
+
+
 def bench_sweep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A whole sweep against one encoder pass, and the sweep of every layer against the weighted sum's."""
     device = choose_device(args.device)
@@ -167,6 +191,8 @@ def bench_sweep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     task = load_task(args.task)
     corpus = flac_corpus(choose_corpus(task, args.limit, folder / "manifests"), folder / "flac")
     corpus = _copied_corpus(corpus, args.copies)
+    if args.classes is not None:
+        corpus = with_classes(corpus, args.classes)
     upstream, checkpoint = encoder_for(args, folder)
     one_pass = encoder_pass(upstream, list(corpus.fold.manifests.values()), device)
     del upstream
@@ -179,6 +205,7 @@ def bench_sweep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "data": corpus_summary(corpus),
         "updates": updates,
         "superb_updates": budget.steps,
+        "classes": sum(task.labels(corpus.fold.manifests["train"]).sizes().values()),
         "encoder_pass": one_pass,
         "runs": {},
     }
@@ -275,6 +302,11 @@ def describe_sweep(result: Mapping[str, Any]) -> list[str]:
         f"{result['task']}, {result['updates']} updates ({result['superb_updates']} in SUPERB); one encoder pass over "
         + f"{one_pass['audio_s']:.0f} s of audio: {one_pass['seconds']:.2f} s ({one_pass['audio_s_per_s']:.0f} s a second)",
     ]
+    wanted = SUPERB_SIZES.get(result["task"], {}).get("classes", result["classes"])
+    if result["classes"] != wanted:
+        lines.append(
+            f"  heads of {result['classes']} classes, where SUPERB has {wanted}: updates are those of these heads"
+        )
     if "warm_up" in result:
         first = result["warm_up"]
         lines.append(

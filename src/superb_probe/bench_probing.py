@@ -28,13 +28,13 @@ STATES_TOLERANCE = 1e-3  # of the norm, between the two projects' layers
 # ICASSP 2015), VoxCeleb1 (Nagrani et al., Interspeech 2017; SID's splits by their share of utterances), Speech Commands
 # (Warden 2018, arXiv 1804.03209; a second each), IEMOCAP's four classes (Busso et al. 2008; five folds train on the same audio).
 SUPERB_SIZES: Mapping[str, Mapping[str, float]] = {
-    "ic": {"train": 23_132, "train_h": 14.7, "select_h": 1.9, "test_h": 2.4},
+    "ic": {"classes": 24, "train": 23_132, "train_h": 14.7, "select_h": 1.9, "test_h": 2.4},
     "pr": {"train": 28_539, "train_h": 100.6, "select_h": 5.4, "test_h": 5.4},
     "asr": {"train": 28_539, "train_h": 100.6, "select_h": 5.4, "test_h": 5.4},
     "asv": {"train": 148_642, "train_h": 340.4, "select_h": 11.2, "test_h": 11.2},
-    "ks": {"train": 51_094, "train_h": 14.2, "select_h": 1.9, "test_h": 0.9},
-    "sid": {"train": 138_361, "train_h": 316.9, "select_h": 15.8, "test_h": 18.9},
-    "er": {"train": 3_556, "train_h": 4.5, "select_h": 1.1, "test_h": 1.4, "folds": 5},
+    "ks": {"classes": 12, "train": 51_094, "train_h": 14.2, "select_h": 1.9, "test_h": 0.9},
+    "sid": {"classes": 1251, "train": 138_361, "train_h": 316.9, "select_h": 15.8, "test_h": 18.9},
+    "er": {"classes": 4, "train": 3_556, "train_h": 4.5, "select_h": 1.1, "test_h": 1.4, "folds": 5},
 }
 
 

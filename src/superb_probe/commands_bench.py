@@ -99,6 +99,12 @@ def _add_parts(kinds: Any) -> None:
         metavar="N",
         help="of every file, for a corpus of a real one's size (default: 1)",
     )
+    sweep.add_argument(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="of a task with one label, given by turns: heads as large as SUPERB's (SID: 1251)",
+    )
     sweep.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
     sweep.add_argument("--no-layers", action="store_true", help="leave --layer all out")
     sweep.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of one run")

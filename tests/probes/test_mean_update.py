@@ -33,8 +33,6 @@ class Problem:
         draw = torch.Generator().manual_seed(7)
         torch.manual_seed(7)
         classes = {f"slot{slot}": [str(number) for number in range(size)] for slot, size in enumerate(sizes)}
-        self.heads = [UtteranceLinear(dim, classes, width=width) for _ in SEED_OF]
-        self.mixing = [nn.Parameter(torch.randn(layers, generator=draw) / 2) for _ in SEED_OF]
         self.means = torch.randn(layers, means, dim, generator=draw).half()
         self.targets = torch.stack(
             [torch.stack([torch.randint(size, (means,), generator=draw) for size in sizes], 1) for _ in range(2)]
@@ -42,6 +40,8 @@ class Problem:
         self.index = torch.randint(means, (UPDATES, 2, rows, 2), generator=draw)
         self.weights = torch.full((UPDATES, rows), 1 / (rows - 1))
         self.weights[:, -1] = 0.0
+        self.heads = [UtteranceLinear(dim, classes, width=width) for _ in SEED_OF]
+        self.mixing = [nn.Parameter(torch.randn(layers, generator=draw) / 2) for _ in SEED_OF]
         self.lr = [0.01, 0.001, 1e30, 0.01, 0.0003]  # the third diverges
         self.optimizer, self.sizes = optimizer, sizes
 
@@ -52,7 +52,7 @@ class Problem:
                 [nn.Parameter(each.detach().to(device)) for each in self.mixing], self.heads, strict=True
             )
         ]
-        return StackedUpdater(rows, self.optimizer, self.lr, clip=0.05)  # smaller than every norm
+        return StackedUpdater(rows, self.optimizer, self.lr[: len(rows)], clip=0.05)  # smaller than every norm
 
     def reference(self) -> StackedUpdater:
         """By autograd, one trial after another."""
@@ -146,7 +146,7 @@ t.Problem.ours = mutated
 norm = mean_update._norm
 class Less:
     def __getitem__(self, grid):
-        return lambda *a, **k: (norm[grid](*a, **k), a[7].mul_(0.9))
+        return lambda *a, **k: (norm[grid](*a, **k), a[9].mul_(0.9))
 mean_update._norm = Less()
 """,
 }
@@ -158,16 +158,24 @@ def test_what_is_not_that_update_is_noticed(mutant: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("shape", [SMALL, BASE, {**BASE, "rows": 64, "sizes": (12,), "layers": 25, "dim": 1024}])
+@pytest.mark.parametrize("shape", [SMALL, BASE, {**BASE, "rows": 64, "sizes": (1251,), "layers": 25, "dim": 1024}])
 def test_an_update_is_autograds_on_a_gpu(shape: dict[str, Any]) -> None:
     errors = difference("cuda", **shape)
     assert max(errors.values()) < 1e-4, errors
 
 
 @pytest.mark.cuda
-def test_an_update_is_the_same_each_time_and_for_a_trial_alone() -> None:
+def test_an_update_is_the_same_each_time_and_for_a_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     once, again = (Problem(**BASE).ours("cuda").values for _ in range(2))
-    assert torch.equal(once, again)
+    assert torch.equal(once[kept()], again[kept()])
+    monkeypatch.setattr(sys.modules[__name__], "SEED_OF", SEED_OF[:1])
+    monkeypatch.setattr(sys.modules[__name__], "SINGLE", SINGLE[:1])
+    assert torch.equal(Problem(**BASE).ours("cuda").values[0], once[0])
+
+
+def kept() -> list[int]:
+    """The trials that do not diverge."""
+    return [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,8 @@ def test_an_update_is_the_same_each_time_and_for_a_trial_alone() -> None:
         ({}, "cpu", False),
         ({"dim": 80}, "cuda", False),
         ({"width": 32}, "cuda", False),
-        ({"sizes": (1251,)}, "cuda", False),
+        ({"sizes": (1251,)}, "cuda", True),
+        ({"sizes": (5000,)}, "cuda", False),
         ({"rows": 65}, "cuda", False),
         ({"layers": 65}, "cuda", False),
     ],
