@@ -102,12 +102,14 @@ class MeanUpdate:
         Args:
             updater: of the trials, as `fits` says.
             mixer: their mixtures.
-            means: (L, M, D) of any float type.
+            means: (L, M, D) of any float type, contiguous.
             targets: (seeds, U, slots) class ids of every utterance.
             seed_of: (N,) which seed a trial has.
             sizes: classes of each slot.
             rows: R of an update.
         """
+        if not means.is_contiguous():
+            raise ValueError(f"means of strides {means.stride()}: contiguous ones are read")
         self._updater, self._mixer, self._means = updater, mixer, means
         self._targets, self._seed_of = targets, seed_of
         device, count = means.device, len(seed_of)
