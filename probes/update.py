@@ -13,7 +13,22 @@ from superb_probe.probes import kernels
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 WEIGHT_DECAY = {"adam": 0.0, "adamw": 0.01}
+NORM_BLOCK = 2**15  # numbers of one norm on a CPU
 ALIGNMENT = 32  # numbers between the starts of parameters: matrix products read whole cache lines
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """(N,) norms of (N, P) numbers.
+
+    On a CPU by blocks: torch 2.13 adds the squares of a long row one after another, and its norm is off by 2e-5 at 1.7 million
+    numbers, by 3e-3 at 43 million.
+    """
+    if not rows.is_cuda and rows.shape[1] > NORM_BLOCK:
+        whole = rows.shape[1] // NORM_BLOCK * NORM_BLOCK
+        blocks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, NORM_BLOCK)), dim=2)
+        rows = torch.cat([blocks, rows[:, whole:]], dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
 
 
 class StackedUpdater:
@@ -94,7 +109,7 @@ class StackedUpdater:
         Returns:
             (N,) the gradients' norms before clipping.
         """
-        norms: Tensor = torch.linalg.vector_norm(self.gradients, dim=1)
+        norms = row_norms(self.gradients)
         if self.values.is_cuda and kernels.available():
             factors, made = self.decide(norms, losses)
             betas = BETA1, BETA2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from superb_probe.errors import RequestError
-from superb_probe.probes.update import StackedUpdater, Updater
+from superb_probe.probes.update import NORM_BLOCK, StackedUpdater, Updater, row_norms
 
 
 def problem() -> tuple[nn.Linear, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -165,3 +165,15 @@ def test_wrong_settings_are_errors(arguments: tuple[str, float, float, int]) -> 
         Updater(nn.Linear(1, 1).parameters(), *arguments)
     with pytest.raises(RequestError, match="0 parameters"):
         Updater([], "adam", 0.1, 1.0)
+
+
+@pytest.mark.parametrize("size", [3, NORM_BLOCK, 2_000_000 + 7])
+def test_the_norm_of_a_long_row_is_exact(size: int) -> None:
+    rows = torch.randn(2, size, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1e-3], [1.0]])
+    torch.testing.assert_close(row_norms(rows).double(), rows.double().norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_torchs_own_norm_of_a_long_row_would_be_noticed() -> None:
+    """The mutant that was there: one norm of the whole row. Should torch mend it, `row_norms` can go."""
+    rows = torch.randn(1, 2_000_000, generator=torch.Generator().manual_seed(1))
+    assert abs(float(torch.linalg.vector_norm(rows, dim=1) / rows.double().norm()) - 1) > 5e-6
