@@ -10,6 +10,7 @@ from torch import Tensor
 from superb_probe.downstreams.base import Batch
 
 POOL_BATCHES = 16
+AHEAD = 50  # batches drawn at once where utterances are weighted
 
 
 def training_batches(
@@ -37,8 +38,9 @@ def training_batches(
     count = len(num_frames)
     if count < 1 or batch < 1:
         raise ValueError(f"cannot batch {count} utterances by {batch}")
-    while weights is not None:
-        yield torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
+    while weights is not None:  # many at once: every call adds all weights up
+        drawn = torch.multinomial(weights, AHEAD * batch, replacement=True, generator=generator)
+        yield from drawn.view(AHEAD, batch).tolist()
     pool = batch * POOL_BATCHES if similar else count
     while True:
         order = torch.randperm(count, generator=generator).tolist()

@@ -125,10 +125,10 @@ class MeanUpdate:
 
         mixed, back, hidden, hidden_back, scores = (frames(size) for size in (dim, dim, width, width, classes))
         squares = dim // COLUMNS
-        places = updater.offsets
+        at, bias, linear_at, linear_bias = updater.offsets[PROJECTOR : LINEAR + 2]
         tiles = width // TILE * (dim // TILE), triton.cdiv(classes, TILE) * (width // TILE)
-        self._projector = _Linear(mixed, hidden, hidden_back, back, *places[PROJECTOR : PROJECTOR + 2], tiles[0], 0)
-        self._linear = _Linear(hidden, scores, scores, hidden_back, *places[LINEAR : LINEAR + 2], tiles[1], squares)
+        self._projector = _Linear(mixed, hidden, hidden_back, back, at, bias, tiles[0], 0)
+        self._linear = _Linear(hidden, scores, scores, hidden_back, linear_at, linear_bias, tiles[1], squares)
         self._squares = torch.zeros(count, squares + width // COLUMNS, device=device)
         self._products = torch.zeros(count, rows, len(means), device=device)
         self._losses = torch.zeros(count, rows, device=device)

@@ -69,18 +69,23 @@ class States:
     def _mean_batch(self, rows: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """Means (L, B, 1, D), one crop of each utterance where several are kept."""
         if self._means is not None:
-            index = self.draw_means([rows], generator)
+            index = self.draw_means(torch.tensor(rows), torch.tensor([len(rows)]), generator)
             return self._means.index_select(1, index.to(self._means.device))[:, :, None].float()
         means, counts = self._gather([self.ids[row] for row in rows], generator)
-        index = _draw(counts.cumsum(0) - counts, counts, generator)
+        index = _draw(counts.cumsum(0) - counts, counts, torch.tensor([len(rows)]), generator)
         return means.index_select(1, index.to(means.device))[:, :, None].float()
 
-    def draw_means(self, batches: Sequence[Sequence[int]], generator: torch.Generator | None) -> Tensor:
-        """Where in `means` (its second axis) the utterances of some batches stand, one crop of each where several are kept."""
+    def draw_means(self, rows: Tensor, sizes: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Where in `means` (its second axis) some batches' utterances stand, one crop of each where several are kept.
+
+        Args:
+            rows: positions in `ids`, batch after batch.
+            sizes: of the batches: what is drawn for them is what is drawn for one after another.
+            generator: draws the crops.
+        """
         if self._means is not None and self._means.shape[1] == len(self.ids):  # one mean each: nothing to draw
-            return self._starts[torch.tensor([row for rows in batches for row in rows])]
-        wanted = [torch.tensor(rows) for rows in batches]
-        return torch.cat([_draw(self._starts[rows], self._counts[rows], generator) for rows in wanted])
+            return self._starts[rows]
+        return _draw(self._starts[rows], self._counts[rows], sizes, generator)
 
     def _gather(self, ids: Sequence[str], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """The means (L, N, D) of some utterances on the device, and how many each has (B,)."""
@@ -110,10 +115,14 @@ class States:
         return states, torch.tensor(lengths).pin_memory().to(self._device, non_blocking=True)
 
 
-def _draw(starts: Tensor, counts: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One of the `counts` numbers from each of `starts`; nothing is drawn where there is no choice."""
-    if int(counts.max()) == 1:
+def _draw(starts: Tensor, counts: Tensor, sizes: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One of the `counts` numbers from each of `starts`; nothing is drawn for batches in which there is no choice."""
+    batch_of = torch.arange(len(sizes)).repeat_interleave(sizes)
+    choice = torch.zeros(len(sizes), dtype=torch.bool).index_put((batch_of,), counts > 1, accumulate=True)[batch_of]
+    if not choice.any():
         return starts
     if generator is None:
         raise ValueError("stored crops need a generator that draws among them")
-    return starts + (torch.rand(len(counts), generator=generator) * counts).long()
+    drawn = torch.zeros(len(counts))
+    drawn[choice] = torch.rand(int(choice.sum()), generator=generator)
+    return starts + (drawn * counts).long()

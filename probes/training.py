@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -290,15 +292,16 @@ class MeanStack(Company):
         weights = torch.zeros(count * self._rows)
         for place, (draw, _) in enumerate(self.groups):
             batches = [next(draw.rows) for _ in range(count * self.accumulate)]
+            rows = torch.from_numpy(np.fromiter(chain.from_iterable(batches), np.int64))
             if place == 0:  # sizes are those of every seed: they have as many utterances
-                sizes = torch.tensor([len(rows) for rows in batches])
+                sizes = torch.tensor([len(batch) for batch in batches])
                 updates = sizes.view(count, -1)
                 before = (updates.cumsum(1) - updates + torch.arange(count)[:, None] * self._rows).flatten()
                 shift = before - (sizes.cumsum(0) - sizes)
                 where = torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)
                 weights[where] = (1.0 / (sizes * self.accumulate)).repeat_interleave(sizes)
-            index[place, where, 0] = torch.tensor([row for rows in batches for row in rows])
-            index[place, where, 1] = self._states.draw_means(batches, draw.crops)
+            index[place, where, 0] = rows
+            index[place, where, 1] = self._states.draw_means(rows, sizes, draw.crops)
         index = index.view(len(self.groups), count, self._rows, 2).transpose(0, 1).contiguous()
         weights = weights.view(count, self._rows)
         return index, weights

@@ -25,7 +25,7 @@ def row_norms(rows: Tensor) -> Tensor:
     """
     if not rows.is_cuda and rows.shape[1] > NORM_BLOCK:
         whole = rows.shape[1] // NORM_BLOCK * NORM_BLOCK
-        blocks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, NORM_BLOCK)), dim=2)
+        blocks = torch.linalg.vector_norm(rows[:, :whole].view(len(rows), -1, NORM_BLOCK), dim=2)
         rows = torch.cat([blocks, rows[:, whole:]], dim=1)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms

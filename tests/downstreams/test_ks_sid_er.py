@@ -19,6 +19,7 @@ from superb_probe.downstreams.ks import KEYWORDS
 from superb_probe.downstreams.load import load_folds, load_task
 from superb_probe.downstreams.manifest import Manifest, Utterance
 from superb_probe.errors import RequestError
+from superb_probe.probes import batches as batches_module
 from superb_probe.probes.batches import class_weights, training_batches
 from superb_probe.probes.draws import Draws
 
@@ -102,6 +103,18 @@ def test_classes_are_drawn_equally_often_and_only_with_weights():
     assert plain[0] > 50 * plain[2], "the same measure tells an epoch that visits every utterance once"
     again = drawn(labels, class_weights(labels))
     assert again == count, "the generator decides"
+
+
+def test_utterances_drawn_ahead_are_those_of_one_batch_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = class_weights([0] * 90 + [1] * 9 + [2])
+
+    def batches() -> list[list[int]]:
+        stream = training_batches([1] * 100, 8, torch.Generator().manual_seed(0), similar=False, weights=weights)
+        return [next(stream) for _ in range(120)]
+
+    ahead = batches()
+    monkeypatch.setattr(batches_module, "AHEAD", 1)
+    assert batches() == ahead
 
 
 @pytest.mark.parametrize(("balance", "least", "most"), [("keyword", 0.35, 0.65), ("", 0.0, 0.1)])

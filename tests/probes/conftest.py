@@ -158,10 +158,13 @@ def toy() -> SimpleNamespace:
 @pytest.fixture
 def world(toy: SimpleNamespace, corpus: Path) -> Iterator[Any]:
     """A function that trains some trials of the toy task."""
-    upstream = toy.Upstream()
+    upstreams = {6: toy.Upstream()}
 
-    def train(trials: list[Trial], task: Any = None, layer_norm: bool = False, **options: Any) -> list[FitResult]:
+    def train(
+        trials: list[Trial], task: Any = None, layer_norm: bool = False, dim: int = 6, **options: Any
+    ) -> list[FitResult]:
         task = task or toy.Task()
+        upstream = upstreams.setdefault(dim, toy.Upstream(dim=dim))
         (fold,) = task.splits(corpus)
         fold = options.pop("fold", fold)
         stores = {}

@@ -119,6 +119,21 @@ def test_training_draws_among_the_crops_with_its_generator(toy: SimpleNamespace,
         states.batch(rows)
 
 
+def test_crops_of_many_batches_are_those_of_one_after_another(toy: SimpleNamespace, train: Manifest) -> None:
+    """Batches without a choice between them draw nothing, in one go as one by one."""
+    states = States(built(None, toy.Upstream(), train, view="mean", crops=3, crop_s=0.2), train.ids, None, CPU)
+    short = [row for row, utterance in enumerate(train) if utterance.duration_s <= 0.2]
+    long = [row for row, utterance in enumerate(train) if utterance.duration_s > 0.2]
+    batches = [long[:3], short[:2], [short[0], *long[:2]], short[:1], long[1:3]]
+    generator = torch.Generator().manual_seed(4)
+    expected = [states.draw_means(torch.tensor(rows), torch.tensor([len(rows)]), generator) for rows in batches]
+    rows, sizes = torch.tensor([row for rows in batches for row in rows]), torch.tensor([len(rows) for rows in batches])
+    assert torch.equal(states.draw_means(rows, sizes, torch.Generator().manual_seed(4)), torch.cat(expected))
+    assert len(set(torch.cat(expected).tolist())) > len(set(rows.tolist())), (
+        "different crops of one utterance are drawn"
+    )
+
+
 @pytest.mark.parametrize("view", ["frames", "mean"])
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_on_the_fly_gives_what_a_store_gives(toy: SimpleNamespace, train: Manifest, view: str, dtype: str) -> None:
