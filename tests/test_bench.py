@@ -424,9 +424,10 @@ def test_a_sweep_of_a_real_corpus_s_classes(tmp_path: Path) -> None:
         written = Manifest.read(labelled.manifests[str(split)], labelled.root)
         assert [each.labels for each in written] == [each.labels for each in manifest]
         assert [each.audio for each in manifest] == [each.audio for each in corpus.fold.manifests[split]]
-    for task, classes in (("sid", 31), ("sid", 1), ("ic", 7)):
+    bench_parts.check_classes(corpus, 31, copies=2)
+    for task, classes in (("sid", 31), ("sid", 1), ("ic", 7), ("pr", 7)):
         with pytest.raises(RequestError, match=f"--classes {classes}.*Fix"):
-            bench_parts.with_classes(choose_corpus(load_task(task), 30, tmp_path), classes)
+            bench_parts.check_classes(choose_corpus(load_task(task), 30, tmp_path), classes, copies=1)
 
 
 def test_wrong_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -160,23 +160,28 @@ def _copied_corpus(corpus: BenchCorpus, copies: int) -> BenchCorpus:
     return replace(corpus, fold=replace(corpus.fold, manifests=manifests))
 
 
-def with_classes(corpus: BenchCorpus, classes: int) -> BenchCorpus:
-    """A corpus with so many classes, for heads of a real one's size: labels by place in the manifest, scores mean nothing.
+def check_classes(corpus: BenchCorpus, classes: int, copies: int) -> None:
+    """Refuse what `with_classes` cannot do.
 
     Raises:
         RequestError: for a task with several labels, or more classes than utterances of train.
     """
     train = corpus.fold.manifests["train"]
-    slots = list(corpus.task.labels(train).classes)
-    if slots != list(corpus.task.info.label_columns) or not 2 <= classes <= len(train):
+    slots, count = list(corpus.task.labels(train).classes), len(train) * copies
+    if slots != list(corpus.task.info.label_columns) or not 2 <= classes <= count:
         raise RequestError(
-            f"--classes {classes}: {corpus.task.info.name} has labels {', '.join(slots)} and {len(train)} training utterances. "
+            f"--classes {classes}: {corpus.task.info.name} has labels {', '.join(slots)} and {count} training utterances. "
             "Fix: a task with one class an utterance, and 2 to as many classes as utterances (--copies N makes more)"
         )
+
+
+def with_classes(corpus: BenchCorpus, classes: int) -> BenchCorpus:
+    """A corpus with so many classes, for heads of a real one's size: labels by place in the manifest, scores mean nothing."""
+    (column,) = corpus.task.info.label_columns
     manifests = {}
     for split, manifest in corpus.fold.manifests.items():
         labelled = [
-            replace(utterance, labels={**utterance.labels, slots[0]: f"class {row % classes}"})
+            replace(utterance, labels={**utterance.labels, column: f"class {row % classes}"})
             for row, utterance in enumerate(manifest)
         ]
         manifests[split] = Manifest(labelled, manifest.root, manifest.name)
@@ -189,8 +194,10 @@ def bench_sweep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = choose_device(args.device)
     folder.mkdir(parents=True, exist_ok=True)
     task = load_task(args.task)
-    corpus = flac_corpus(choose_corpus(task, args.limit, folder / "manifests"), folder / "flac")
-    corpus = _copied_corpus(corpus, args.copies)
+    corpus = choose_corpus(task, args.limit, folder / "manifests")
+    if args.classes is not None:
+        check_classes(corpus, args.classes, args.copies)
+    corpus = _copied_corpus(flac_corpus(corpus, folder / "flac"), args.copies)
     if args.classes is not None:
         corpus = with_classes(corpus, args.classes)
     upstream, checkpoint = encoder_for(args, folder)
