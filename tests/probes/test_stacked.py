@@ -243,7 +243,7 @@ def wide_task(toy: SimpleNamespace) -> Any:
     return WideTask("mean", dropout=False)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize(("make", "dim"), [(TASKS["means"], 6), (TASKS["ctc"], 6), (wide_task, 64)])
 def test_a_gpu_trains_what_a_cpu_trains(toy: SimpleNamespace, world: Any, make: Any, dim: int) -> None:
     trials = [toy.trial(lr=1e30), *trials_of(toy)]

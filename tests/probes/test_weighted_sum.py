@@ -103,7 +103,7 @@ def test_states_that_need_a_gradient_get_it() -> None:
     torch.testing.assert_close(layers.grad, torch.full((3, 2, 5), 1 / 3))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("trials", [1, 3, 25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernels_equal_the_plain_operations(trials: int, dtype: torch.dtype) -> None:
