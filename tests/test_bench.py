@@ -205,7 +205,7 @@ def ours_job(corpus: BenchCorpus, checkpoint: Path, folder: Path, **changed: Any
 def test_a_sweep_here_passes_every_utterance_once(ic: BenchCorpus, checkpoint: Path, tmp_path: Path) -> None:
     found = measure(ours_job(ic, checkpoint, tmp_path))
     assert found["encoder_passes"] == ic.distinct and found["trials"] == 2 and not found["failed"]
-    assert all(row["test"] is not None for row in found["scores"])
+    assert all(row["test"] is not None and row["after_last_update"] is not None for row in found["scores"])
     again = measure(ours_job(ic, checkpoint, tmp_path))
     assert again["encoder_passes"] == 0  # the store is there already: a bench must not time that as a first run
 
@@ -231,6 +231,19 @@ def test_scaling_of_the_peer_and_what_it_says() -> None:
     assert "FEWER than 100" in bench_probing.peer_summary(peer, 2000, 20, 5, 10, "dev")["how"]
     whole = bench_probing.peer_summary(peer, 100, 100, 5, 10, "dev")
     assert whole["after_last_update"] == {"dev": 25.0, "test": 50.0} and "all updates" in whole["how"]
+
+
+def test_scores_stand_side_by_side_after_as_many_updates() -> None:
+    rows = [
+        {"lr": lr, "seed": seed, "after_last_update": dev}
+        for lr, seed, dev in ((0.1, 1, 7.0), (0.01, 1, 20.0), (0.01, 2, 30.0))
+    ]
+    found = {"s3prl": {"after_last_update": {"dev": 25.0, "test": 1.0}}, "s3prl_lr": 0.01, "updates": 100}
+    said = bench_probing._paired({**found, "superb_probe": {"scores": rows}})
+    assert said == "dev after update 100 at lr 0.01: 25.0 there; here 20.0 (seed 1), 30.0 (seed 2)"
+    failed = [{**row, "after_last_update": None} for row in rows]
+    assert "its trials failed" in bench_probing._paired({**found, "superb_probe": {"scores": failed}})
+    assert "no scores" in bench_probing._paired({**found, "s3prl": {"after_last_update": None}})
 
 
 def compared(ic: BenchCorpus, peer: PeerRun) -> dict[str, Any]:

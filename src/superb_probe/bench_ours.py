@@ -142,6 +142,7 @@ def _summary(records: Sequence[Any]) -> dict[str, Any]:
                 "layer": record.probe.layer,
                 "selected": None if record.selection is None else record.selection.value,
                 "selected_at": None if record.selection is None else record.selection.step,
+                "after_last_update": None if record.selection is None else record.selection.curve[-1][1],
                 "test": None if record.score is None else record.score.value,
             }
             for record in records

@@ -135,6 +135,7 @@ def bench_task(request: Request, corpus: BenchCorpus, checkpoint: Path) -> dict[
         "lr": rates,
         "seeds": list(request.seeds),
     }
+    peer_lr = settings.default_lr if settings.default_lr in rates else rates[0]
     reason = why_not(name, request.device, request.peer_python, request.driver)
     peer: PeerRun | None = None
     if reason is None:
@@ -147,7 +148,7 @@ def bench_task(request: Request, corpus: BenchCorpus, checkpoint: Path) -> dict[
             checkpoint=checkpoint,
             device=request.device,
             updates=min(request.peer_updates, request.updates),
-            lr=settings.default_lr if settings.default_lr in rates else rates[0],
+            lr=peer_lr,
             folder=folder / "s3prl",
             threads=request.threads,
             timeout_s=request.timeout_s,
@@ -161,6 +162,7 @@ def bench_task(request: Request, corpus: BenchCorpus, checkpoint: Path) -> dict[
         found["s3prl_not_run"] = reason
         return found
     found["encoder_difference"] = states_difference(folder)
+    found["s3prl_lr"] = peer_lr
     measured = min(request.peer_updates, request.updates)
     evaluations = -(-request.updates // min(budget.evaluate_every, -(-request.updates // 10)))
     found["s3prl"] = peer_summary(peer, request.updates, measured, len(rates), evaluations, settings.select_on)
@@ -355,6 +357,7 @@ def _describe_peer(found: Mapping[str, Any]) -> list[str]:
         + f"an utterance, {theirs['peak_rss_bytes'] / 1e9:.2f} GB{_gpu(theirs)}",
         f"                {theirs['arithmetic']}",
         f"                {_peer_score(theirs)}",
+        f"                {_paired(found)}",
         f"  ratio         {found['ratio']:.1f}; one update of all {len(found['lr'])} rates: {updates[0]:.4g} s there, "
         + f"{updates[1]:.4g} s here; the encoders' layers differ by {found['encoder_difference']:.1g} of their norm",
         "  by updates    " + ", ".join(f"{count}: {row['ratio']:.1f}" for count, row in found["curve"].items()),
@@ -366,6 +369,18 @@ def _describe_peer(found: Mapping[str, Any]) -> list[str]:
         at = found["at_superb_sizes"]
         lines.append(f"  at SUPERB's sizes {at['ratio']:.0f} ({at['how']}): {at['arithmetic']}")
     return lines
+
+
+def _paired(found: Mapping[str, Any]) -> str:
+    """Both sides' scores on dev at one rate, after the same number of updates."""
+    theirs, lr = found["s3prl"]["after_last_update"], found["s3prl_lr"]
+    if theirs is None or theirs["dev"] is None:
+        return "no scores side by side: s3prl has none on dev after as many updates"
+    ours = [row for row in found["superb_probe"]["scores"] if row["lr"] == lr and row["after_last_update"] is not None]
+    said = (
+        ", ".join(f"{row['after_last_update']:.1f} (seed {row['seed']})" for row in ours) or "none: its trials failed"
+    )
+    return f"dev after update {found['updates']} at lr {lr:g}: {theirs['dev']:.1f} there; here {said}"
 
 
 def _gpu(side: Mapping[str, Any]) -> str:
