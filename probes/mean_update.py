@@ -25,10 +25,8 @@ try:
 except ImportError:  # torch for CPUs comes without it
     triton = None
 
-PROJECTOR, LINEAR = (
-    1,
-    3,
-)  # places in the updater's rows of the weights, each with its bias behind it; the layers' weights are first
+# Places of the weights among an updater's parameters, each with its bias behind it; the layers' weights are first.
+PROJECTOR, LINEAR = 1, 3
 TILE = 64  # widths are multiples of it
 MOST_CLASSES, MOST_ROWS, MOST_LAYERS = 4096, 64, 64  # what one program holds
 UNITS = 16  # outputs of a layer, of one program of the forward pass
